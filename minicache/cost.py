@@ -1,0 +1,140 @@
+"""What a plan costs: multiply-accumulates and bytes, counted on the meta device, where nothing is computed.
+
+    python -m minicache.cost --ckpt ddpm_cifar10 --interval 5 --branch 3
+
+Conventions: for one image; MACs are those of convolutions and linear layers, as in the papers (attention's two matrix
+products are reported apart); activations are float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from minicache.cli import run
+from minicache.plan import CachePlan, uniform
+from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
+
+
+class Cost(NamedTuple):
+    """Of one pass, for one image."""
+
+    macs: int  # convolutions and linear layers
+    attention_macs: int  # the products q k and attention v
+    peak_bytes: int  # most that is alive at once besides the weights: input, skips, cache, workspace of each operation
+
+
+class _Peak(TorchDispatchMode):
+    """Watches every tensor that is made, and remembers the most bytes that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.alive.setdefault(StorageWeakRef(storage), storage.nbytes())
+        self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@torch.no_grad()
+def cost(unet: UNet, branch: int | None = None) -> Cost:
+    """Of a full pass (branch None), or of a partial pass with `branch` live pairs."""
+    config = unet.config
+    with torch.device("meta"):
+        unet = UNet(config).eval()
+        x, t = torch.empty(1, config.in_channels, config.image_size, config.image_size), torch.zeros(1)
+        cached_U = None if branch is None else torch.empty(1, *unet.cached_shape(branch))
+    counter, peak = FlopCounterMode(display=False), _Peak()
+    for mode in (counter, peak):
+        with mode:
+            unet(x, t) if branch is None else unet.forward_partial(x, t, cached_U, branch)
+    flops = {str(operation).split(".")[-1]: count for operation, count in counter.get_flop_counts()["Global"].items()}
+    weighted = sum(flops.pop(name, 0) for name in ("convolution", "addmm", "mm"))
+    inputs = x.nbytes + (0 if cached_U is None else cached_U.nbytes)
+    return Cost(weighted // 2, sum(flops.values()) // 2, inputs + peak.peak)
+
+
+def macs(unet: UNet, branch: int | None = None) -> int:
+    """Multiply-accumulates (convolutions and linear layers) of a full or partial pass, for one image."""
+    return cost(unet, branch).macs
+
+
+def plan_macs(unet: UNet, plan: CachePlan) -> int:
+    """Multiply-accumulates of all of a plan's steps together, for one image."""
+    refreshes, partial = len(plan.refresh), plan.steps - len(plan.refresh)
+    return refreshes * macs(unet) + (partial * macs(unet, plan.branch) if partial else 0)
+
+
+def cache_bytes(unet: UNet, plan: CachePlan) -> int:
+    """float32 bytes of cached_U that the loop keeps for one image: one tensor, two when forecasting, none uncached."""
+    channels, height, width = unet.cached_shape(plan.branch)
+    tensors = 0 if len(plan.refresh) == plan.steps else 1 + plan.forecasts
+    return 4 * channels * height * width * tensors
+
+
+def weight_bytes(unet: UNet) -> int:
+    return sum(p.numel() * p.element_size() for p in unet.parameters())
+
+
+def table(unet: UNet, plan: CachePlan) -> str:
+    """What a person reads: every branch of this network, then the plan."""
+    whole, steps, refreshes = cost(unet), plan.steps, len(plan.refresh)
+    lines = [
+        f"weights {weight_bytes(unet) / 1e6:.1f} MB; full pass {whole.macs / 1e9:.3f} GMACs "
+        f"(+ {whole.attention_macs / 1e9:.3f} in attention's products), activations' peak {whole.peak_bytes / 1e6:.1f} MB",
+        "",
+        "branch  partial GMACs  + attention  of full  a step, by this plan  cache MB  peak MB",
+    ]
+    for branch in range(1, len(unet.D) + 1):
+        part = cost(unet, branch)
+        average = (refreshes * whole.macs + (steps - refreshes) * part.macs) / steps
+        size = cache_bytes(unet, CachePlan(2, branch, (0,))) / 1e6
+        lines.append(
+            f"{branch:6}  {part.macs / 1e9:13.3f}  {part.attention_macs / 1e9:11.3f}  {part.macs / whole.macs:7.1%}"
+            f"  {average / 1e9:15.3f} GMACs  {size:8.3f}  {part.peak_bytes / 1e6:7.1f}" + " <" * (branch == plan.branch)
+        )
+    total = plan_macs(unet, plan)
+    lines += [
+        "",
+        f"plan: {steps} steps, {refreshes} in full, the others at branch {plan.branch}: {total / 1e9:.1f} GMACs an image, "
+        f"{total / steps / 1e9:.3f} a step, {steps * whole.macs / total:.2f}x fewer than uncached",
+    ]
+    return "\n".join(lines)
+
+
+PRESETS: dict[str, UNetConfig] = {"cifar10": CIFAR10, "lsun_256": LSUN_256}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m minicache.cost", description="What a plan costs, for one image.")
+    add = parser.add_argument
+    add("--ckpt", default="tiny", help="a checkpoint, or cifar10 or lsun_256: the published networks, without weights")
+    add("--steps", type=int, default=100, help="(default: 100)")
+    add("--interval", type=int, default=5, help="N of 1:N (default: 5)")
+    add("--branch", type=int, default=3, help="(default: 3)")
+    args = parser.parse_args(argv)
+    if args.ckpt in PRESETS:
+        with torch.device("meta"):
+            unet = UNet(PRESETS[args.ckpt])
+    else:
+        from minicache.checkpoints import load
+
+        unet = load(args.ckpt)
+    print(table(unet, uniform(args.steps, args.interval, args.branch)))
+
+
+if __name__ == "__main__":
+    run("cost", main)

@@ -1,0 +1,130 @@
+"""Images to train on. Every source is a function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1], so that the batch
+of a training step depends on the step's generator alone, and a resumed run sees what an uninterrupted one would."""
+
+from __future__ import annotations
+
+import io
+import math
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from minicache.files import cache_folder, fetch
+
+Source = Callable[[int, torch.Generator], Tensor]
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # no pickles inside, unlike the Python archive
+CIFAR10_CHECKSUM = "md5:c32a1d4ab5d03f1284b67883e8d87530"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def source(name: str, image_size: int) -> Source:
+    """"shapes" (procedural, endless), "cifar10" (downloaded once, hash checked), or a folder or zip of images."""
+    if name == "shapes":
+        return lambda n, generator: shapes(n, image_size, generator)
+    if name == "cifar10":
+        if image_size != 32:
+            raise ValueError(f"image_size={image_size}: CIFAR-10 has 32")
+        images = cifar10()
+    else:
+        images = read_images(Path(name), image_size)
+
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        batch = images[torch.randint(len(images), (n,), generator=generator)]
+        flip = torch.rand(n, generator=generator) < 0.5
+        batch[flip] = batch[flip].flip(-1)
+        return batch.float() / 127.5 - 1
+
+    return draw
+
+
+def cifar10() -> Tensor:
+    """The 50,000 training images of CIFAR-10 (Krizhevsky 2009), uint8 [50000, 3, 32, 32]."""
+    path = fetch(CIFAR10_URL, cache_folder() / "cifar-10-binary.tar.gz", CIFAR10_CHECKSUM)
+    with tarfile.open(path) as archive:
+        batches = [archive.extractfile(f"cifar-10-batches-bin/data_batch_{k}.bin").read() for k in range(1, 6)]
+    records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then the pixels
+    return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy())
+
+
+def read_images(path: Path, image_size: int) -> Tensor:
+    """Every image in a folder (and below) or a zip, cropped square about the centre: uint8 [N, 3, S, S]."""
+    if path.is_dir():
+        files: Iterator[tuple[str, bytes]] = (
+            (str(file), file.read_bytes()) for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES
+        )
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        names = sorted(name for name in archive.namelist() if name.lower().endswith(SUFFIXES))
+        files = ((name, archive.read(name)) for name in names)
+    else:
+        raise ValueError(f"data={str(path)!r} is neither shapes, nor cifar10, nor a folder or zip of images")
+    images = []
+    for name, content in tqdm(files, desc="reading", unit="image", disable=None):
+        try:
+            image = Image.open(io.BytesIO(content)).convert("RGB")
+        except (UnidentifiedImageError, OSError):
+            raise ValueError(f"{name} in {path} is not an image that can be read") from None
+        images.append(np.asarray(ImageOps.fit(image, (image_size, image_size), Image.Resampling.BOX)))
+    if not images:
+        raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def shapes(n: int, size: int, generator: torch.Generator) -> Tensor:
+    """n pictures [n, 3, size, size] of one or two outlined discs, rings, squares, triangles and crosses on a gradient.
+
+    Each is drawn from its signed distance, so edges are smooth at any size.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, 1, 1, generator=generator)
+
+    line = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")  # [size, size] in (-1, 1)
+    angle = uniform(0, 2 * math.pi, n, 1)
+    slope = 0.5 + 0.35 * (x * angle.cos() + y * angle.sin())
+    light, dark = hue(uniform(0, 1, n), 0.35, uniform(0.75, 1, n)), hue(uniform(0, 1, n), 0.45, uniform(0.25, 0.6, n))
+    image = dark + (light - dark) * slope.clamp(0, 1)
+
+    count = torch.randint(1, 3, (n, 1, 1, 1), generator=generator)
+    for k in range(2):
+        kind = torch.randint(5, (n, 1, 1), generator=generator)
+        radius, turn = uniform(0.35, 0.6, n), uniform(0, 2 * math.pi, n)
+        cx, cy = uniform(-0.6, 0.6, n), uniform(-0.6, 0.6, n)
+        u = (x - cx) * turn.cos() + (y - cy) * turn.sin()
+        v = (y - cy) * turn.cos() - (x - cx) * turn.sin()
+        distance = signed_distances(u, v, radius).gather(1, kind[:, None].expand(-1, 1, size, size))
+        fill = hue(uniform(0, 1, n), 0.85, uniform(0.8, 1, n)) * (0.9 - 0.25 * (v / radius)[:, None]).clamp(0.4, 1)
+        pixel, drawn = 2 / size, count > k
+        image = torch.lerp(image, 0.15 * fill, (0.5 - distance / pixel).clamp(0, 1) * drawn)  # the outline
+        image = torch.lerp(image, fill, (0.5 - (distance + 1.4 * pixel) / pixel).clamp(0, 1) * drawn)
+    return image * 2 - 1
+
+
+def signed_distances(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """To the disc, ring, square, triangle and cross of radius r about the origin: [n, 5, S, S], negative inside."""
+    length, au, av = (u * u + v * v).sqrt(), u.abs(), v.abs()
+    disc = length - r
+    ring = (length - 0.72 * r).abs() - 0.28 * r
+    square = torch.maximum(au, av) - 0.8 * r
+    triangle = torch.maximum(0.866 * au + 0.5 * v, -v) - 0.55 * r
+    cross = torch.minimum(
+        torch.maximum(au - r, av - 0.33 * r),
+        torch.maximum(av - r, au - 0.33 * r),
+    )
+    return torch.stack([disc, ring, square, triangle, cross], dim=1)
+
+
+def hue(h: Tensor, saturation: float, value: Tensor) -> Tensor:
+    """HSV -> RGB: h in [0, 1] and value [n, 1, 1] -> [n, 3, 1, 1] in [0, 1]."""
+    offsets = torch.tensor([5.0, 3.0, 1.0]).reshape(1, 3, 1, 1)
+    k = (offsets + 6 * h[:, None]) % 6
+    return value[:, None] * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))

@@ -1,0 +1,54 @@
+"""The forward process of DDPM (Ho et al. 2020): how an image becomes noise, and the loss that teaches the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+VARIANCES = ("fixed_large", "fixed_small")
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """q(x_t | x_0) = N(sqrt(alphas_bar[t]) x_0, (1 - alphas_bar[t]) I), with betas linear in t."""
+
+    num_timesteps: int = 1000  # T: t runs over 0..T-1, T-1 the noisiest
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    variance: str = "fixed_large"  # of ancestral sampling: beta (fixed_large) or the posterior's (fixed_small)
+
+    def __post_init__(self):
+        if type(self.num_timesteps) is not int or not 1 <= self.num_timesteps <= 1000:
+            raise ValueError(f"num_timesteps={self.num_timesteps!r} is not in 1..1000")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"need 0 < beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}")
+        if self.variance not in VARIANCES:
+            raise ValueError(f"variance={self.variance!r} is none of {', '.join(VARIANCES)}")
+
+    @cached_property
+    def alphas_bar(self) -> Tensor:
+        """[T] float64 on the CPU: the part of x_0's variance that is left in x_t."""
+        betas = torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
+        return torch.cumprod(1 - betas, dim=0)
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Noise x0 [B, C, H, W] to t [B] with eps (Ho et al., Eq. 4): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
+        a = self.coefficient(t, x0)
+        return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Eq. 4 solved for x_0: (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
+        a = self.coefficient(t, x_t)
+        return (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+
+    def loss(self, unet: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """L_simple (Eq. 14) of each image, [B]: the mean over pixels of (eps - unet(x_t, t))**2."""
+        return (eps - unet(self.q_sample(x0, t, eps), t)).square().flatten(1).mean(1)
+
+    def coefficient(self, t: Tensor, x: Tensor) -> Tensor:
+        """alphas_bar[t], shaped and typed to multiply x."""
+        return self.alphas_bar.to(x.device)[t].to(x.dtype).reshape(-1, 1, 1, 1)

@@ -1,0 +1,73 @@
+"""From tensors to what people look at: grids, animations, folders, and the npz that evaluators read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from minicache.files import replacing
+
+ENDINGS = (".png", ".gif", ".npz")
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]; what lies outside is clamped, then rounded."""
+    return rearrange(((x.float() + 1) * 127.5).clamp(0, 255).round().byte().cpu(), "b c h w -> b h w c").numpy()
+
+
+def grid(images: np.ndarray, columns: int | None = None, pad: int = 2) -> np.ndarray:
+    """uint8 [B, H, W, C] -> one picture [H', W', C] on white, as square as B allows unless columns are given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    B, H, W, C = images.shape
+    cells = np.full((rows * columns, H + pad, W + pad, C), 255, np.uint8)
+    cells[:B, pad:, pad:] = images
+    sheet = rearrange(cells, "(r c) h w d -> (r h) (c w) d", c=columns)
+    return np.pad(sheet, ((0, pad), (0, pad), (0, 0)), constant_values=255)
+
+
+def beside(left: np.ndarray, right: np.ndarray, gap: int = 8) -> np.ndarray:
+    """Two pictures of one height next to each other."""
+    return np.concatenate([left, np.full((left.shape[0], gap, left.shape[2]), 255, np.uint8), right], axis=1)
+
+
+def picture(array: np.ndarray, scale: int = 1) -> Image.Image:
+    """uint8 [H, W, 1 or 3] -> a PIL image, each pixel drawn scale x scale."""
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def enlargement(size: int) -> int:
+    """How much to enlarge images of size x size so that a person sees them."""
+    return max(1, 96 // size)
+
+
+def save_png(path: str | Path, sheet: np.ndarray, scale: int = 1) -> None:
+    with replacing(path) as temporary:
+        picture(sheet, scale).save(temporary)
+
+
+def save_gif(path: str | Path, sheets: Sequence[np.ndarray], scale: int = 1, seconds: float = 4.0) -> None:
+    """An endless animation of `seconds`, then a pause on the last picture."""
+    frames = [picture(sheet, scale) for sheet in sheets]
+    durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1500]
+    with replacing(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def save_npz(path: str | Path, images: np.ndarray) -> None:
+    """arr_0, uint8 [B, H, W, C]: what the evaluator of ADM (Dhariwal & Nichol 2021) reads."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, images)
+
+
+def save_folder(path: str | Path, images: np.ndarray, names: Sequence[int]) -> None:
+    """One PNG an image, named by its seed: what pytorch-fid reads. Other files in the folder are left alone."""
+    for image, name in zip(images, names):
+        save_png(Path(path) / f"{name:06d}.png", image)

@@ -1,0 +1,160 @@
+"""What is computed at each step of sampling: one immutable value, its constructors, and the recipe that goes to disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minicache.files import replacing
+
+FORECASTS = ("hold", "linear")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Which of `steps` denoising steps (0 = the noisiest) run in full, and what the others feed the network.
+
+    A partial step i keeps the `branch` outermost pairs of the U-Net alive, around
+        cached_U = newer + alpha[i] * (newer - older)        (the features of the last two refreshes),
+    so alpha 0 is DeepCache's reuse, and (i - newer's step) / (newer's step - older's step) is linear forecasting.
+    alpha is 0 at refreshes and before the second one. Anything else raises ValueError.
+    """
+
+    steps: int
+    branch: int
+    refresh: tuple[int, ...]  # ascending, 0 first
+    alpha: tuple[float, ...] = ()  # one a step; empty means all 0
+
+    def __post_init__(self):
+        _whole("steps", self.steps)
+        _whole("branch", self.branch)
+        refresh = tuple(_whole("refresh", i, low=0) for i in self.refresh)
+        alpha = tuple(float(a) for a in self.alpha) or (0.0,) * self.steps
+        object.__setattr__(self, "refresh", refresh)
+        object.__setattr__(self, "alpha", alpha)
+        if refresh[:1] != (0,) or list(refresh) != sorted(set(refresh)) or refresh[-1] >= self.steps:
+            raise ValueError(f"refresh={list(refresh)} must ascend from 0 and stay below steps={self.steps}")
+        if len(alpha) != self.steps or not all(map(math.isfinite, alpha)):
+            raise ValueError(f"alpha must be {self.steps} finite numbers, one for each step")
+        second = refresh[1] if len(refresh) > 1 else self.steps
+        for i, a in enumerate(alpha):
+            if a != 0 and (i in refresh or i < second):
+                raise ValueError(f"alpha[{i}]={a} must be 0: step {i} is a refresh, or comes before the second one")
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether two features must be kept, not one."""
+        return any(self.alpha)
+
+
+def full(steps: int, branch: int = 1) -> CachePlan:
+    """Uncached sampling: the plan that refreshes at every step."""
+    return uniform(steps, interval=1, branch=branch)
+
+
+def uniform(steps: int, interval: int, branch: int = 3, forecast: str = "hold") -> CachePlan:
+    """1:N caching (DeepCache, Sec. 3.3): a full step, then interval - 1 partial ones, and so on."""
+    _whole("steps", steps), _whole("interval", interval)
+    return _plan(steps, branch, range(0, steps, interval), forecast)
+
+
+def nonuniform(
+    steps: int,
+    interval: int,
+    center: float,
+    power: float,
+    branch: int = 3,
+    forecast: str = "hold",
+    official: bool = False,
+) -> CachePlan:
+    """Non-uniform 1:N caching (DeepCache, Eq. 7): ceil(steps / interval) full steps, densest around step `center`.
+
+    The refreshes are l**power + center, for l evenly spaced from the power-th root of -center to that of
+    steps - center (the end left out). A root of a negative number is read as that of its size, with its sign.
+    0 <= center <= steps, power >= 1. `power` is lowered by 0.02 at a time until all refreshes are distinct.
+    official=True gives the lists of the published code instead, which lets Python take complex roots.
+    """
+    _whole("steps", steps), _whole("interval", interval)
+    if not 0 <= center <= steps:
+        raise ValueError(f"center={center} is not in 0..{steps}, the steps")
+    if not 1 <= power < math.inf:
+        raise ValueError(f"power={power} must be a number of at least 1")
+    if official and power == 1:
+        raise ValueError("power=1 with official=True: the published code needs a power above 1")
+    count = math.ceil(steps / interval)
+    while True:
+        refresh = (_official_points if official else _signed_points)(steps, count, center, power)
+        if len(refresh) == count:
+            return _plan(steps, branch, refresh, forecast)
+        power = power - 0.02 if official else max(power - 0.02, 1.0)
+        if official and power <= 1:
+            raise ValueError(f"the published code finds no {count} distinct steps for center={center}; lower it")
+
+
+def _signed_points(steps: int, count: int, center: float, power: float) -> list[int]:
+    root = np.linspace(-(center ** (1 / power)), (steps - center) ** (1 / power), count + 1)
+    points = np.floor(np.sign(root) * np.abs(root) ** power + center + 1e-9)[:-1]
+    return sorted({0, *points[1:].astype(int).tolist()})
+
+
+def _official_points(steps: int, count: int, center: float, power: float) -> list[int]:
+    roots = np.linspace(complex(-center) ** (1 / power), complex(steps - center) ** (1 / power), count + 1)
+    points = np.unique((roots**power).real.astype(np.int32))  # the imaginary part is lost, and Eq. 7 with it
+    return [0, *(int(point + center) for point in points[1:-1])]
+
+
+def _plan(steps: int, branch: int, refresh: Any, forecast: str) -> CachePlan:
+    if forecast not in FORECASTS:
+        raise ValueError(f"forecast={forecast!r} is none of {', '.join(FORECASTS)}")
+    refresh, alpha = tuple(refresh), [0.0] * steps
+    if forecast == "linear":
+        for older, newer, end in zip(refresh, refresh[1:], (*refresh[2:], steps)):
+            for i in range(newer + 1, end):
+                alpha[i] = (i - newer) / (newer - older)
+    return CachePlan(steps, branch, refresh, tuple(alpha))
+
+
+def _whole(name: str, value: Any, low: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a picture but the weights and the seed, as JSON on disk."""
+
+    plan: CachePlan
+    sampler: str = "ddim"
+    spacing: str = "uniform"
+    eta: float = 0.0
+    variance: str | None = None  # None: the checkpoint's own
+    fingerprint: str | None = None  # of the weights it was made for (convert.fingerprint); None: any
+    error: float | None = None  # measured: relative L2 of the final image
+
+    def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
+        """Keyword arguments for `sample` and `denoise`; refused for weights of another fingerprint."""
+        if self.fingerprint is not None and self.fingerprint != fingerprint:
+            raise ValueError(f"the recipe was made for the weights {self.fingerprint}, and these are {fingerprint}")
+        return {name: getattr(self, name) for name in ("sampler", "spacing", "eta", "variance", "plan")}
+
+    def save(self, path: str | Path) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Raises ValueError where the file is not a recipe."""
+        try:
+            values = json.loads(Path(path).read_text())
+            unknown = set(values) - {field.name for field in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+            return cls(**{**values, "plan": CachePlan(**values["plan"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is not a recipe: {error}") from None

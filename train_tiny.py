@@ -1,0 +1,214 @@
+"""Train a small U-Net to draw: on procedural shapes (no download), on CIFAR-10, or on a folder or zip of images.
+
+examples:
+  python train_tiny.py                                        # shapes, into runs/shapes; an hour or two on 2 cores
+  python train_tiny.py --data cifar10 --steps 50000           # downloads CIFAR-10 once
+  python train_tiny.py --data my_photos.zip --image-size 64 --model-channels 64 --device cuda
+  python train_tiny.py --resume                               # go on where an interrupted run stopped
+  python sample.py --ckpt runs/shapes/last.pt                 # look at what it draws, also while it trains
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minicache.convert import save
+from minicache.data import Source, source
+from minicache.diffusion import Diffusion
+from minicache.images import beside, enlargement, grid, save_png, to_uint8
+from minicache.samplers import sample
+from minicache.unet import UNet, UNetConfig
+
+WARMUP = 500  # steps until the learning rate is at its peak
+
+
+def main(
+    data: str = "shapes",
+    out: str | None = None,
+    image_size: int = 32,
+    model_channels: int = 32,
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+    attention_resolutions: tuple[int, ...] = (8,),
+    dropout: float = 0.0,
+    beta_end: float = 0.012,
+    steps: int = 12000,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    ema: float = 0.9995,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "auto",
+    preview_every: int = 2000,
+    save_every: int = 500,
+    resume: bool = False,
+) -> Path:
+    """Train, and return the path of the checkpoint (EMA weights, and all that a resumed run needs)."""
+    config = UNetConfig(
+        image_size, model_channels, channel_mult, attention_resolutions=attention_resolutions, dropout=dropout
+    )
+    folder = Path(out or f"runs/{Path(data).stem}")
+    last = folder / "last.pt"
+    if last.exists() and not resume:
+        raise ValueError(f"{last} exists: add --resume to go on with it, or choose another --out")
+    draw = source(data, image_size)
+    torch.manual_seed(seed)
+    unet = UNet(config).to(device)
+    unet.diffusion = Diffusion(beta_end=beta_end)
+    average = copy.deepcopy(unet).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    start = restore(last, unet, average, optimizer) if resume else 0
+    low_precision = faster_in_bf16(device) if dtype == "auto" else dtype == "bfloat16"
+    print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {'bf16' if low_precision else 'float32'}, "
+          f"{device}, {torch.get_num_threads()} threads, steps {start}..{steps}, into {folder}", flush=True)  # fmt: skip
+
+    def checkpoint(step: int) -> None:
+        save(last, average, training={"step": step, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()})
+
+    began, losses, noisy_losses, done = time.time(), [], [], start
+    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)
+    try:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            x0, t, eps = batch(draw, batch_size, unet.diffusion.num_timesteps, seed, step)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low_precision):
+                each = unet.diffusion.loss(unet, x0.to(device), t.to(device), eps.to(device))
+            loss = each.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            update_average(average, unet, min(ema, (1 + step) / (10 + step)))
+            done = step + 1
+            losses.append(loss.item())
+            noisy_losses.append(each[t >= 0.9 * unet.diffusion.num_timesteps].mean().item())
+            if done % 100 == 0 or done == steps:
+                row = [done, sum(losses) / len(losses), sum(noisy_losses) / len(noisy_losses), time.time() - began]
+                losses, noisy_losses = [], []
+                bar.set_postfix_str(f"loss {row[1]:.4f}, in the noisiest tenth {row[2]:.6f}")
+                log(folder / "log.csv", row)
+            if done % save_every == 0 or done == steps:
+                checkpoint(done)
+            if done % preview_every == 0 or done == steps:
+                preview(average, folder / f"preview_{done:06d}.png")
+    except KeyboardInterrupt:
+        checkpoint(done)
+        print(f"stopped at step {done}; --resume goes on from {last}", file=sys.stderr)
+        raise
+    return last
+
+
+def batch(draw: Source, size: int, num_timesteps: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(x0, t, eps) of a step, a function of the seed and the step alone. t is spread evenly over 0..T-1 (one random
+    timestep from each of `size` equal parts), so that no step of the optimizer goes without the noisiest ones."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    x0 = draw(size, generator)
+    t = ((torch.arange(size) + torch.rand(size, generator=generator)) * num_timesteps / size).long()
+    return x0, t.clamp(max=num_timesteps - 1), torch.randn(x0.shape, generator=generator)
+
+
+@torch.no_grad()
+def update_average(average: UNet, unet: UNet, decay: float) -> None:
+    """average = decay * average + (1 - decay) * unet: sampled from, as the last iterates are noisy."""
+    torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
+
+
+def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimizer) -> int:
+    """Put everything back as the checkpoint has it; the number of steps done."""
+    if not last.exists():
+        raise ValueError(f"nothing to resume: there is no {last}")
+    content = torch.load(last, map_location="cpu", weights_only=True)
+    if content["config"] != unet.config.__dict__ or content["diffusion"] != unet.diffusion.__dict__:
+        raise ValueError(f"{last} was trained with {content['config']}, {content['diffusion']}; use the same flags")
+    average.load_state_dict(content["state_dict"])
+    unet.load_state_dict(content["training"]["unet"])
+    optimizer.load_state_dict(content["training"]["optimizer"])
+    return content["training"]["step"]
+
+
+def faster_in_bf16(device: str) -> bool:
+    """Whether this machine's convolutions are faster in bfloat16: it is tried."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        conv = torch.nn.Conv2d(64, 64, 3, padding=1).to(device, dtype)
+        x, times = torch.randn(16, 64, 32, 32, device=device, dtype=dtype), []
+        for _ in range(5):
+            began = time.perf_counter()
+            conv(x).sum().item()
+            times.append(time.perf_counter() - began)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+def preview(unet: UNet, path: Path) -> None:
+    """Left: DDPM, clipped. Right: DDIM, unclipped, which shows errors of colour that clipping hides."""
+    grids = [
+        grid(to_uint8(sample(unet, range(16), steps=steps, sampler=sampler)))
+        for sampler, steps in (("ddpm", 100), ("ddim", 50))
+    ]
+    save_png(path, beside(*grids), enlargement(unet.config.image_size))
+
+
+def log(path: Path, row: list[float]) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["step", "loss", "loss_noisiest_tenth", "seconds"])
+        writer.writerow([row[0], *(f"{value:.6g}" for value in row[1:])])
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", default="shapes", help="shapes, cifar10, or a folder or zip of images (default: shapes)")
+    add("--out", help="folder of the checkpoint, the log and the previews (default: runs/<data>)")
+    add("--resume", action="store_true", help="go on from <out>/last.pt")
+    for name, kind, default, text in (
+        ("image-size", int, 32, "pixels a side"),
+        ("model-channels", int, 32, "width of the first level, a multiple of 32"),
+        ("channel-mult", whole_numbers, (1, 2, 2, 2), "width of each level, in model-channels"),
+        ("attention-resolutions", whole_numbers, (8,), "sides at which blocks attend"),
+        ("dropout", float, 0.0, ""),
+        ("beta-end", float, 0.012, "the schedule's last beta; Ho et al. have 0.02"),
+        ("steps", int, 12000, "training steps"),
+        ("batch-size", int, 32, ""),
+        ("lr", float, 1e-3, "peak learning rate; decays to 0 along a cosine"),
+        ("ema", float, 0.9995, "decay of the averaged weights"),
+        ("seed", int, 0, ""),
+        ("device", str, "cpu", "cpu, cuda, mps"),
+        ("preview-every", int, 2000, "steps between sample grids"),
+        ("save-every", int, 500, "steps between checkpoints"),
+    ):
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        add(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})".strip())
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(parse()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_tiny.py: {error}")
