@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minicache.cli import run
+from minicache.cli import Parser, run
 from minicache.convert import read
 from minicache.files import cache_folder, digest, fetch
 from minicache.unet import UNet, UNetConfig
@@ -200,7 +199,7 @@ def verify(name_or_path: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m minicache.checkpoints", description="List the checkpoints, or verify one."
     )
     commands = parser.add_subparsers(dest="command")

@@ -5,7 +5,6 @@ or not finite, and a configuration that this network cannot honour is refused by
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minicache.cli import run
+from minicache.cli import Parser, run
 from minicache.dialects import (
     DIFFUSERS,
     PESSER,
@@ -151,7 +150,9 @@ def build(
             raise ValueError(f"{path}: tensor {keys.get(name, name)} has shape {shapes}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: tensor {keys.get(name, name)} holds NaN or infinity")
-    unet.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    # copied, as kernels choose by the alignment of memory: every format then computes the same bits
+    weights = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
+    unet.load_state_dict(weights, assign=True)
     unet.diffusion, unet.fingerprint = diffusion, fingerprint(unet)
     return unet.eval()
 
@@ -203,7 +204,7 @@ def save_diffusers(folder: str | Path, unet: UNet) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minicache.convert", description="Convert a checkpoint.")
+    parser = Parser(prog="python -m minicache.convert", description="Convert a checkpoint.")
     parser.add_argument("src", metavar="SRC", help="a name, or a file or folder of any format that minicache reads")
     parser.add_argument("dst", metavar="DST", type=Path, help="the file, or the diffusers folder, to write")
     parser.add_argument("--to", choices=("minicache", "diffusers"), default="minicache", help="(default: minicache)")

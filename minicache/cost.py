@@ -8,7 +8,6 @@ products are reported apart); activations are float32.
 
 from __future__ import annotations
 
-import argparse
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from minicache.cli import run
+from minicache.cli import Parser, run
 from minicache.plan import CachePlan, uniform
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
 
@@ -119,7 +118,7 @@ PRESETS: dict[str, UNetConfig] = {"cifar10": CIFAR10, "lsun_256": LSUN_256}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minicache.cost", description="What a plan costs, for one image.")
+    parser = Parser(prog="python -m minicache.cost", description="What a plan costs, for one image.")
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint, or cifar10 or lsun_256: the published networks, without weights")
     add("--steps", type=int, default=100, help="(default: 100)")

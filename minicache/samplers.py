@@ -20,6 +20,7 @@ from minicache.unet import UNet
 
 SAMPLERS = ("ddim", "ddpm", "dpm++2m", "plms")
 SPACINGS = ("uniform", "quad", "trailing", "linspace")
+STEPS = 100  # unless asked for others
 
 
 def timesteps(steps: int, spacing: str = "uniform", num_timesteps: int = 1000) -> list[int]:
@@ -113,7 +114,7 @@ def denoise(
 
     seeds: one whole number an image; all of its noise (x_T, then each step's z) comes from it alone, on the CPU, so
     an image does not depend on its batch or device. x_T [B, C, H, W]: start here instead (stochastic samplers need
-    seeds as well). sampler: one of SAMPLERS. steps: the plan's, or 100. spacing: one of SPACINGS. eta: DDIM's
+    seeds as well). sampler: one of SAMPLERS. steps: the plan's, or STEPS. spacing: one of SPACINGS. eta: DDIM's
     noise, 0 to 1. variance: DDPM's, one of VARIANCES; None is the checkpoint's own. clip_x0: clip the predicted
     image to [-1, 1]; None is True for ddpm alone. plan: what to cache; None is nothing. ValueError says what is wrong.
     """
@@ -126,7 +127,7 @@ def denoise(
         raise ValueError(f"variance={variance!r} is none of {', '.join(VARIANCES)}")
     if plan is not None and steps not in (None, plan.steps):
         raise ValueError(f"steps={steps} contradicts the plan, which has {plan.steps}")
-    plan = plan or full(100 if steps is None else steps)
+    plan = plan or full(STEPS if steps is None else steps)
     ts = timesteps(plan.steps, spacing, diffusion.num_timesteps)
     stochastic = sampler == "ddpm" or eta > 0
     if seeds is None and (x_T is None or stochastic):
@@ -198,12 +199,13 @@ def sample(
     seeds, x_T and settings as in `denoise`. batch_size: images at a time (default: all). progress: a bar on a terminal.
     """
     seeds = None if seeds is None else list(seeds)
-    count = len(x_T if seeds is None and x_T is not None else seeds or ())
+    count = max(0 if many is None else len(many) for many in (seeds, x_T))
     size = max(count, 1) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    images, bar = [], tqdm(unit="step", disable=None if progress else True)
-    with bar:
+    steps = settings["plan"].steps if settings.get("plan") else settings.get("steps") or STEPS
+    images = []
+    with tqdm(total=-(-count // size) * steps, unit="step", disable=None if progress else True) as bar:
         for k in range(0, max(count, 1), size):
             part, x_part = (None if many is None else many[k : k + size] for many in (seeds, x_T))
             for step in denoise(unet, part, x_T=x_part, **settings):

@@ -1,0 +1,207 @@
+"""Draw pictures from noise, with DeepCache.
+
+examples:
+  python sample.py                                                  # the embedded network, into samples.png
+  python sample.py --interval 4 --compare                           # and the same pictures uncached beside them
+  python sample.py --ckpt ddpm_cifar10_ema --steps 100 --spacing quad --interval 5
+  python sample.py --sampler dpm++2m --steps 25 --interval 3 --branch 1 --forecast linear
+  python sample.py --num 16 --out denoise.gif                       # watch them emerge
+  python sample.py --num 1000 --batch-size 100 --out samples.npz    # for an evaluator
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minicache import CachePlan, Recipe, denoise, full, load, nonuniform, sample, uniform
+from minicache.checkpoints import REGISTRY
+from minicache.cli import Parser, run
+from minicache.cost import cache_bytes, plan_macs
+from minicache.diffusion import VARIANCES
+from minicache.images import ENDINGS, beside, enlargement, grid, save_folder, save_gif, save_npz, save_png, to_uint8
+from minicache.plan import FORECASTS
+from minicache.samplers import SAMPLERS, SPACINGS
+from minicache.unet import UNet
+
+FRAMES = 50  # of an animation, at most
+
+
+def main(args: argparse.Namespace) -> None:
+    out, device = prepare_out(args.out), choose_device(args.device)
+    if args.num < 1 or args.batch_size < 1 or args.seed < 0:
+        raise ValueError("--num and --batch-size must be at least 1, --seed at least 0; not "
+                         f"{args.num}, {args.batch_size}, {args.seed}")  # fmt: skip
+    seeds = range(args.seed, args.seed + args.num)
+    recipe = Recipe.load(args.plan) if args.plan else None
+    if recipe is None:
+        plan = plan_from(args)
+    else:
+        refuse_contradictions(args, recipe)
+    unet = load(args.ckpt, device=device, dtype=getattr(torch, args.dtype))
+    if recipe is None:
+        settings = {"sampler": args.sampler or "ddim", "spacing": args.spacing or "uniform",
+                    "eta": args.eta or 0.0, "variance": args.variance, "plan": plan}  # fmt: skip
+    else:
+        settings = recipe.settings(unet.fingerprint)
+    settings["clip_x0"] = args.clip
+    describe(args, unet, settings)
+
+    plan, film = settings["plan"], out.suffix == ".gif"
+    uncached = {**settings, "plan": full(plan.steps)}
+    if args.compare:  # the first pass of each kind prepares kernels, which is no part of what is compared
+        denoise_once(unet, min(args.num, args.batch_size), plan.branch)
+    frames, seconds = draw(unet, seeds, args.batch_size, settings, film)
+    print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
+    if args.compare:
+        frames_full, seconds_full = draw(unet, seeds, args.batch_size, uncached, film)
+        compare(frames[-1], frames_full[-1], seconds, seconds_full, plan_macs(unet, uncached["plan"]) / plan_macs(unet, plan))
+    write(out, frames, frames_full if args.compare else None, seeds)
+    print(out if not args.compare or out.suffix not in (".png", ".gif") else f"{out} (left: uncached, right: as above)")
+
+
+def prepare_out(name: str) -> Path:
+    """Refuse, before the work, what could not be written after it."""
+    out = Path(name)
+    folder = out.suffix == ""
+    if not folder and out.suffix not in ENDINGS:
+        raise ValueError(f"--out {out}: the ending must be {', '.join(ENDINGS)}, or none, for a folder of PNGs")
+    if folder and out.exists() and not out.is_dir() or not folder and out.is_dir():
+        raise ValueError(f"--out {out}: there is a {'folder' if out.is_dir() else 'file'} of that name")
+    try:
+        (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: its folder cannot be made ({error.strerror})") from None
+    return out
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def plan_from(args: argparse.Namespace) -> CachePlan:
+    steps = 100 if args.steps is None else args.steps
+    interval = 5 if args.interval is None else args.interval
+    rest = {"branch": 3 if args.branch is None else args.branch, "forecast": args.forecast or "hold"}
+    if args.center is None and args.power is None:
+        return uniform(steps, interval, **rest)
+    center = steps / 2 if args.center is None else args.center
+    return nonuniform(steps, interval, center, 1.2 if args.power is None else args.power, **rest)
+
+
+def refuse_contradictions(args: argparse.Namespace, recipe: Recipe) -> None:
+    fixed = {"sampler": recipe.sampler, "steps": recipe.plan.steps, "spacing": recipe.spacing, "eta": recipe.eta,
+             "variance": recipe.variance, "branch": recipe.plan.branch}  # fmt: skip
+    for name, value in fixed.items():
+        if getattr(args, name) not in (None, value):
+            raise ValueError(f"--{name} {getattr(args, name)} contradicts {args.plan}, which has {value}")
+    for name in ("interval", "center", "power", "forecast"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} contradicts {args.plan}, which says itself what runs in full and how to forecast")
+
+
+def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any]) -> None:
+    plan = settings["plan"]
+    device = next(unet.parameters()).device
+    where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print(f"{args.ckpt}: {sum(p.numel() for p in unet.parameters()):,} parameters, {args.dtype} on {where}")
+    if args.ckpt in REGISTRY and REGISTRY[args.ckpt].note:
+        print(f"  {REGISTRY[args.ckpt].note}")
+    eta = f", eta {settings['eta']}" if settings["eta"] else ""
+    print(f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {len(plan.refresh)} in full, "
+          f"{plan.steps - len(plan.refresh)} at branch {plan.branch} of {len(unet.D)}")  # fmt: skip
+    total, uncached = plan_macs(unet, plan), plan_macs(unet, full(plan.steps))
+    cache = cache_bytes(unet, plan) * min(args.num, args.batch_size)
+    print(f"{total / 1e9:.2f} GMACs an image instead of {uncached / 1e9:.2f}: a speed-up of {uncached / total:.2f}x, "
+          f"if every MAC took as long; cache {cache / 1e6:.1f} MB a batch")  # fmt: skip
+
+
+def denoise_once(unet: UNet, batch: int, branch: int) -> None:
+    for _ in denoise(unet, range(batch), plan=CachePlan(2, branch, (0,))):
+        pass
+
+
+def draw(unet: UNet, seeds: range, batch_size: int, settings: dict[str, Any], film: bool) -> tuple[list[np.ndarray], float]:
+    """Pictures as uint8 [num, H, W, C], in a list that ends with the finished ones, and the seconds it took."""
+    began = time.perf_counter()
+    if film:
+        states = [to_uint8(step.x) for step in denoise(unet, seeds, **settings)]
+        frames = states[:: -math.ceil(len(states) / FRAMES)][::-1]
+    else:
+        x = sample(unet, seeds, batch_size=batch_size, progress=True, **settings)
+        if not torch.isfinite(x).all():
+            raise ValueError("the pictures hold NaN or infinity; a wider --dtype may help")
+        frames = [to_uint8(x)]
+    return frames, time.perf_counter() - began
+
+
+def compare(images: np.ndarray, uncached: np.ndarray, seconds: float, seconds_full: float, predicted: float) -> None:
+    difference = images.astype(float) - uncached.astype(float)
+    mse = (difference**2).mean(axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        psnr = 10 * np.log10(255**2 / mse)
+    print(f"uncached: {seconds_full:.1f} s; measured speed-up {seconds_full / seconds:.2f}x ({predicted:.2f}x by MACs)")
+    print(f"PSNR to uncached {psnr.mean():.1f} dB on average, {psnr.min():.1f} at worst; "
+          f"largest difference {abs(difference).max():.0f} of 255")  # fmt: skip
+
+
+def write(out: Path, frames: list[np.ndarray], frames_full: list[np.ndarray] | None, seeds: range) -> None:
+    scale = enlargement(frames[0].shape[1])
+    sheets = [grid(frame) for frame in frames] if out.suffix in (".png", ".gif") else []
+    if frames_full:
+        sheets = [beside(grid(uncached), sheet) for uncached, sheet in zip(frames_full, sheets)]
+    if out.suffix == ".png":
+        save_png(out, sheets[-1], scale)
+    elif out.suffix == ".gif":
+        save_gif(out, sheets, scale)
+    elif out.suffix == ".npz":
+        save_npz(out, frames[-1])
+    else:
+        save_folder(out, frames[-1], seeds)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    what, _, examples = __doc__.partition("\n\n")
+    parser = Parser(prog="sample.py", description=what, epilog=examples)
+    add = parser.add_argument_group("model").add_argument
+    add("--ckpt", default="tiny", help="a name (python -m minicache.checkpoints lists them), file or folder; default tiny")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the network; default float32")
+    add = parser.add_argument_group("sampler").add_argument
+    add("--sampler", choices=SAMPLERS, help="default ddim")
+    add("--steps", type=int, help="default 100")
+    add("--spacing", choices=SPACINGS, help="of the timesteps; default uniform")
+    add("--eta", type=float, help="ddim's noise, 0 to 1; default 0")
+    add("--variance", choices=VARIANCES, help="ddpm's; default: the checkpoint's")
+    add("--clip", action=argparse.BooleanOptionalAction, help="clip the predicted image to [-1, 1]; default: for ddpm")
+    add = parser.add_argument_group("DeepCache").add_argument
+    add("--interval", type=int, metavar="N", help="one step in N runs in full; 1 is uncached; default 5")
+    add("--branch", type=int, help="outermost pairs of blocks that run at the other steps; default 3")
+    add("--center", type=float, help="non-uniform: full steps are densest about this one; default steps / 2")
+    add("--power", type=float, help="non-uniform: how dense, at least 1; default 1.2")
+    add("--forecast", choices=FORECASTS, help="what stands in for the deep features: the last ones, or a line; default hold")
+    add("--plan", metavar="FILE", help="a recipe (JSON) that sets the sampler and what is cached")
+    add = parser.add_argument_group("output").add_argument
+    add("--num", type=int, default=16, help="images; default 16")
+    add("--seed", type=int, default=0, help="of the first image; the next has the next; default 0")
+    add("--batch-size", type=int, default=64, help="images at a time; default 64")
+    add("--compare", action="store_true", help="also draw uncached; say and (png, gif) show the difference")
+    add("--out", default="samples.png", help=".png: grid, .gif: the denoising, .npz: arr_0 uint8, else a folder of PNGs")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run("sample.py", lambda: main(parse()))

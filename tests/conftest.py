@@ -1,0 +1,74 @@
+"""Networks for the tests: small, random in every weight, quick."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minicache import Diffusion, UNet, UNetConfig
+from minicache.dialects import PESSER
+
+GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+SMALL = UNetConfig(image_size=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,))
+
+
+def official_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The weights of golden/README.md: a function of the key in the official code's naming, and of the shape."""
+    r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+    if len(shape) > 1:
+        r *= np.prod(shape[1:]) ** -0.5
+        if key.endswith((".q.weight", ".k.weight")):
+            r *= 2
+    elif "norm" in key and key.endswith("weight"):
+        r = 1 + 0.1 * r
+    else:
+        r *= 0.1
+    return torch.from_numpy(r.astype(np.float32))
+
+
+def random_unet(config: UNetConfig = SMALL) -> UNet:
+    """Every weight random, so that none can hide: fresh networks have zeros in the last layers."""
+    with torch.device("meta"):
+        unet = UNet(config)
+    shapes = unet.state_dict()
+    state = {ours: official_weight(key, tuple(shapes[ours].shape)) for ours, key in PESSER.keys(unet).items()}
+    unet.load_state_dict(state, assign=True)
+    unet.diffusion = Diffusion()
+    return unet.eval()
+
+
+@pytest.fixture(scope="session")
+def unet() -> UNet:
+    return random_unet()
+
+
+@pytest.fixture(scope="session")
+def official() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / "official_deepcache_16px.npz"))
+
+
+@pytest.fixture(scope="session")
+def official_unet(official) -> UNet:
+    meta = json.loads(str(official["meta"]))
+    assert meta.pop("params") == 1624323
+    return random_unet(UNetConfig(**meta))
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """Inference throughout; tests of training switch gradients on."""
+    with torch.no_grad():
+        yield
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a, b) -> float:
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return ((a - b).norm() / b.norm()).item()

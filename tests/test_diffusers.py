@@ -1,0 +1,115 @@
+"""diffusers as an independent implementation of the network and of the schedulers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, noise, random_unet, relative
+
+from minicache import CIFAR10, Diffusion, denoise
+from minicache.convert import read, save_diffusers
+from minicache.dialects import DIFFUSERS, OLD_ATTENTION, config_to_diffusers
+from minicache.samplers import timesteps
+
+diffusers = pytest.importorskip("diffusers")
+TOLERANCE = 1e-5  # seen: 1e-6 to 3e-6 relative L2, from sums in another order
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("config", [SMALL, CIFAR10], ids=["small", "cifar10"])
+def test_network(config):
+    unet = random_unet(config)
+    theirs = diffusers.UNet2DModel(**{k: v for k, v in config_to_diffusers(config).items() if k != "_class_name"}).eval()
+    state = unet.state_dict()
+    theirs.load_state_dict({key: state[ours] for ours, key in DIFFUSERS.keys(unet).items()}, strict=True)
+    x = noise(2, 3, config.image_size, config.image_size)
+    for t in (0, 10, 999):
+        assert relative(unet(x, t), theirs(x, t).sample) < TOLERANCE
+    t = torch.tensor([3, 700])
+    assert relative(unet(x, t), theirs(x, t).sample) < TOLERANCE
+
+
+def test_folders_go_both_ways(tmp_path, unet):
+    x = noise(1, 3, 16, 16)
+    save_diffusers(tmp_path / "ours", unet)
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours")
+    assert relative(unet(x, 10), theirs(x, 10).sample) < TOLERANCE
+    for safe in (False, True):
+        theirs.save_pretrained(tmp_path / f"theirs{safe}", safe_serialization=safe)
+        assert torch.equal(read(tmp_path / f"theirs{safe}")(x, 10), unet(x, 10))
+
+
+def test_old_attention_names_in_safetensors(tmp_path, unet):
+    safetensors = pytest.importorskip("safetensors.torch")
+    save_diffusers(tmp_path / "old", unet)
+    weights = torch.load(tmp_path / "old" / "diffusion_pytorch_model.bin", weights_only=True)
+    for old, new in OLD_ATTENTION.items():
+        weights = {key.replace(new, old): value for key, value in weights.items()}
+    (tmp_path / "old" / "diffusion_pytorch_model.bin").unlink()
+    safetensors.save_file(weights, tmp_path / "old" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    assert any(".query." in key for key in weights)
+    assert torch.equal(read(tmp_path / "old")(noise(1, 3, 16, 16), 3), unet(noise(1, 3, 16, 16), 3))
+
+
+def test_pipelines_load_our_folders(tmp_path, unet):
+    unet.diffusion = Diffusion(beta_end=0.015, variance="fixed_small")
+    save_diffusers(tmp_path / "net", unet)
+    for kind in (diffusers.DDPMPipeline, diffusers.DDIMPipeline):
+        pipeline = kind.from_pretrained(tmp_path / "net")
+        assert pipeline.scheduler.config.beta_end == 0.015
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(batch_size=1, num_inference_steps=2, output_type="np").images
+        assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
+    unet.diffusion = Diffusion()
+
+
+def settings() -> dict:
+    return {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize("spacing, name", [("uniform", "leading"), ("trailing", "trailing"), ("linspace", "linspace")])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_timesteps(spacing, name, steps):
+    scheduler = diffusers.DDIMScheduler(**settings(), timestep_spacing=name)
+    scheduler.set_timesteps(steps)
+    assert timesteps(steps, spacing) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddim_step_for_step(unet, clip):
+    scheduler = diffusers.DDIMScheduler(**settings(), clip_sample=clip)
+    scheduler.set_timesteps(20)
+    x = noise(2, 3, 16, 16, seed=1)
+    for step in denoise(unet, x_T=x, steps=20, clip_x0=clip):
+        x = scheduler.step(unet(x, step.t), step.t, x).prev_sample
+        assert relative(step.x, x) < 1e-4
+        x = step.x  # differences do not add up
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_ddpm_step_for_step(unet, variance, steps):
+    """Their step draws its own noise: both draw from one generator, x_T first, then z at each step but the last."""
+    scheduler = diffusers.DDPMScheduler(**settings(), variance_type=variance, clip_sample=True)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 3, 16, 16, generator=generator)
+    for step in denoise(unet, [3], sampler="ddpm", variance=variance, steps=steps):
+        x = scheduler.step(unet(x, step.t), step.t, x, generator=generator).prev_sample
+        assert relative(step.x, x) < 1e-4
+        x = step.x
+        if step.i == 20:
+            break
+
+
+def test_dpmpp_2m_step_for_step(unet):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **settings(), timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2,
+        final_sigmas_type="zero", lower_order_final=False,
+    )  # fmt: skip
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.tolist() == timesteps(20, "trailing")
+    x = noise(2, 3, 16, 16, seed=1)
+    for step in denoise(unet, x_T=x, sampler="dpm++2m", steps=20, spacing="trailing"):
+        x = scheduler.step(unet(x, step.t), step.t, x).prev_sample
+        assert relative(step.x, x) < 1e-4
+        x = step.x

@@ -1,0 +1,45 @@
+"""Against outputs of the official DeepCache code (golden/README.md). The differences seen, relative L2, float32 on an
+x86 CPU: 2.0e-6 to 2.5e-6 for single passes, 6e-7 to 9e-7 for whole sampling loops."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, relative
+
+from minicache import nonuniform, sample, uniform
+
+TOLERANCE = 2e-5
+
+
+@pytest.mark.parametrize("t", [0, 10, 500, 999])
+def test_full_pass(official, official_unet, t):
+    assert relative(official_unet(torch.tensor(official["x"]), t), official[f"full_t{t}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("branch", range(2, 10))
+def test_partial_pass_with_a_cache_of_another_step(official, official_unet, branch):
+    x, x2 = torch.tensor(official["x"]), torch.tensor(official["x2"])
+    _, cached_U = official_unet.forward_full(x, 500, branch)
+    assert list(cached_U.shape) == official[f"cached_b{branch}_shape"].tolist()
+    assert relative(official_unet.forward_partial(x2, 490, cached_U, branch), official[f"partial_b{branch}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name, plan, spacing",
+    [
+        ("sample_S20_N5_branch3_uniform", uniform(20, 5, branch=3), "uniform"),
+        ("sample_S20_N5_branch2_quad", uniform(20, 5, branch=2), "quad"),
+        ("sample_S20_N1_branch3_uniform", uniform(20, 1, branch=3), "uniform"),
+        ("sample_S20_N4_branch3_uniform_c6_p1.4", nonuniform(20, 4, 6, 1.4, branch=3, official=True), "uniform"),
+    ],
+)
+def test_sampling_loop(official, official_unet, name, plan, spacing):
+    x = sample(official_unet, x_T=torch.tensor(official["x"]), plan=plan, spacing=spacing)
+    assert relative(x, official[name]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "official_nonuniform_schedules.json").read_text()), ids=str)
+def test_nonuniform_schedule_of_the_official_code(case):
+    plan = nonuniform(case["steps"], case["interval"], case["center"], case["power"], official=True)
+    assert list(plan.refresh) == case["official"]

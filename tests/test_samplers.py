@@ -1,0 +1,187 @@
+"""Spacings against published lists, each step against its equation in numpy, and what a user may ask for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise
+
+from minicache import CachePlan, denoise, sample, uniform
+from minicache.samplers import SAMPLERS, adams_bashforth, ddim_step, ddpm_step, dpmpp_2m_step, timesteps
+
+ALPHAS_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+
+@pytest.mark.parametrize(
+    "spacing, steps, expected",
+    [
+        ("uniform", 10, [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
+        ("trailing", 10, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
+        ("linspace", 10, [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]),
+        ("uniform", 3, [666, 333, 0]),
+        ("uniform", 1000, list(range(999, -1, -1))),
+        ("trailing", 1, [999]),
+        ("uniform", 2, [500, 0]),
+    ],
+)
+def test_spacings(spacing, steps, expected):
+    assert timesteps(steps, spacing) == expected
+
+
+def test_quad_spacing_begins_at_800_and_repeats():
+    ts = timesteps(100, "quad")
+    assert len(ts) == 100 and ts[:3] == [800, 783, 768]
+    assert ts[::-1][:10] == [0, 0, 0, 0, 1, 2, 2, 3, 5, 6]
+    assert len(set(ts)) == 96
+
+
+@pytest.mark.parametrize("spacing, steps", [("uniform", 1), ("quad", 1), ("linspace", 1)])
+def test_spacing_that_would_begin_at_zero_is_refused(spacing, steps):
+    with pytest.raises(ValueError, match="t = 0"):
+        timesteps(steps, spacing)
+
+
+def coefficients(t: int, t_next: int) -> tuple[float, float]:
+    return ALPHAS_BAR[t], ALPHAS_BAR[t_next] if t_next >= 0 else 1.0
+
+
+@pytest.mark.parametrize("t, t_next", [(999, 979), (500, 499), (20, 0), (0, -1)])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_step(t, t_next, eta):
+    a, b = coefficients(t, t_next)
+    x0, eps, z = (noise(2, 3, 4, 4, seed=k) for k in range(3))
+    sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
+    expected = np.sqrt(b) * x0.numpy() + np.sqrt(1 - b - sigma**2) * eps.numpy() + sigma * z.numpy()
+    np.testing.assert_allclose(ddim_step(x0, eps, a, b, eta, z).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("t, t_next", [(999, 998), (500, 480), (20, 0), (0, -1)])
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
+def test_ddpm_step(t, t_next, variance):
+    a, b = coefficients(t, t_next)
+    x, x0, z = (noise(2, 3, 4, 4, seed=k) for k in range(3))
+    beta = 1 - a / b
+    mean = np.sqrt(b) * beta / (1 - a) * x0.numpy() + np.sqrt(a / b) * (1 - b) / (1 - a) * x.numpy()
+    var = {"fixed_large": beta, "fixed_small": beta * (1 - b) / (1 - a)}[variance] * (t_next >= 0)
+    expected = mean + np.sqrt(var) * z.numpy()
+    np.testing.assert_allclose(ddpm_step(x, x0, a, b, variance, z).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dpmpp_2m_is_exact_where_x0_is_constant_or_linear_in_lambda():
+    """x' = sigma'/sigma x + sigma' * integral of exp(lambda) x0(lambda): the solver's own integral, done by quadrature."""
+    a_last, a, b = 0.1, 0.3, 0.6
+    lam = lambda a: 0.5 * math.log(a / (1 - a))  # noqa: E731
+    x = torch.tensor([0.7], dtype=torch.float64)
+
+    def exact(x0):
+        grid = np.linspace(lam(a), lam(b), 200001)
+        values = np.exp(grid) * x0(grid)
+        integral = ((values[1:] + values[:-1]) / 2 * np.diff(grid)).sum()
+        return math.sqrt((1 - b) / (1 - a)) * x.item() + math.sqrt(1 - b) * integral
+
+    constant = torch.tensor([0.4], dtype=torch.float64)
+    for past in (None, (a_last, constant)):
+        got = dpmpp_2m_step(x, constant, a, b, past).item()
+        assert got == pytest.approx(exact(lambda grid: 0.4 + 0 * grid), abs=1e-9)
+
+    def line(value):
+        return 0.4 + 0.2 * (value - lam(a))
+
+    past = (a_last, torch.tensor([line(lam(a_last))], dtype=torch.float64))
+    second_order = dpmpp_2m_step(x, constant, a, b, past).item()
+    middle = dpmpp_2m_step(x, torch.tensor([line((lam(a) + lam(b)) / 2)], dtype=torch.float64), a, b, None).item()
+    assert second_order == pytest.approx(middle, abs=1e-12)  # a line, held at its middle
+    assert torch.equal(dpmpp_2m_step(x, constant, a, 1.0, past), constant)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_adams_bashforth_integrates_polynomials_of_its_order(order):
+    def f(time):
+        return torch.tensor([time**order], dtype=torch.float64)
+
+    got = adams_bashforth(f(0.0), [f(-1.0), f(-2.0), f(-3.0)][:order]).item()
+    assert got == pytest.approx(1 / (order + 1))
+
+
+def test_unclipped_fixed_small_ddpm_is_ddim_with_eta_one(unet):
+    ddpm = sample(unet, [0, 1], sampler="ddpm", variance="fixed_small", clip_x0=False, steps=20)
+    ddim = sample(unet, [0, 1], sampler="ddim", eta=1.0, steps=20)
+    assert torch.allclose(ddpm, ddim, atol=1e-4 * ddim.abs().max())
+
+
+def test_variances_differ_and_clipping_clips(unet):
+    large = sample(unet, [0], sampler="ddpm", steps=10, variance="fixed_large")
+    small = sample(unet, [0], sampler="ddpm", steps=10, variance="fixed_small")
+    assert not torch.equal(large, small)
+    for step in denoise(unet, [0], sampler="ddpm", steps=10):
+        assert step.x0.abs().max() <= 1
+    assert sample(unet, [0], sampler="ddim", steps=10).abs().max() > 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_of_zero_length_change_nothing(unet, sampler):
+    before = None
+    for step in denoise(unet, [0], sampler=sampler, steps=100, spacing="quad", plan=uniform(100, 20, branch=1)):
+        following = timesteps(100, "quad")[step.i + 1] if step.i < 99 else -1
+        if step.t == following:
+            assert torch.equal(step.x, before)
+        before = step.x
+    assert torch.isfinite(before).all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_land_on_the_image_that_a_perfect_network_sees(unet, sampler):
+    """A network that always knows eps exactly makes every sampler return that image."""
+
+    class Oracle(type(unet)):
+        def forward_full(self, x, t, branch=3):
+            a = torch.tensor(ALPHAS_BAR[t.item()])
+            return ((x - a.sqrt() * image) / (1 - a).sqrt()).float(), x
+
+    image = noise(1, 3, 16, 16, seed=5).clamp(-1, 1)
+    oracle = Oracle(unet.config)
+    assert torch.allclose(sample(oracle, [0], sampler=sampler, steps=10), image, atol=2e-3)
+
+
+def test_x_T_and_seeds(unet):
+    x_T = noise(2, 3, 16, 16, seed=9)
+    assert torch.equal(sample(unet, x_T=x_T, steps=4), sample(unet, [7, 8], x_T=x_T, steps=4))
+    own = torch.stack([torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8)])
+    assert torch.equal(sample(unet, [7, 8], sampler="ddpm", steps=4), sample(unet, [7, 8], x_T=own, sampler="ddpm", steps=4))
+    assert sample(unet, x_T=x_T, steps=4, batch_size=1).shape == x_T.shape
+
+
+def test_steps_tell_what_happened(unet):
+    plan = uniform(5, 2, branch=2)
+    steps = list(denoise(unet, [0, 1], plan=plan))
+    assert [step.i for step in steps] == [0, 1, 2, 3, 4] and [step.t for step in steps] == [800, 600, 400, 200, 0]
+    assert torch.equal(steps[0].cached_U, steps[1].cached_U) and not torch.equal(steps[1].cached_U, steps[2].cached_U)
+    assert torch.equal(steps[-1].x, steps[-1].x0) and torch.equal(steps[-1].x, sample(unet, [0, 1], plan=plan))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"sampler": "euler"}, "sampler='euler'"),
+        ({"spacing": "cubic"}, "spacing='cubic'"),
+        ({"eta": -1.0}, "eta=-1.0"),
+        ({"eta": 0.5, "sampler": "dpm++2m"}, "eta=0.5"),
+        ({"variance": "learned"}, "variance='learned'"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 1001}, "steps=1001"),
+        ({"steps": 10, "plan": uniform(5, 2)}, "contradicts"),
+        ({"seeds": None}, "seeds are needed"),
+        ({"seeds": []}, "0 seeds"),
+        ({"seeds": None, "x_T": noise(1, 3, 16, 16), "sampler": "ddpm"}, "seeds are needed"),
+        ({"x_T": noise(2, 3, 16, 16)}, "1 seeds for 2"),
+        ({"x_T": noise(1, 3, 8, 8)}, "x_T has shape"),
+        ({"plan": CachePlan(4, 99, (0,))}, "branch=99"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": -1}, "batch_size=-1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_use_is_refused(unet, settings, words):
+    with pytest.raises(ValueError, match=words):
+        sample(unet, **{"seeds": [0], **settings})
