@@ -22,7 +22,7 @@ import torch
 
 from minicache import CachePlan, Recipe, denoise, full, load, nonuniform, sample, uniform
 from minicache.checkpoints import REGISTRY
-from minicache.cli import Parser, run
+from minicache.cli import Parser, choose_device, run
 from minicache.cost import cache_bytes, plan_macs
 from minicache.diffusion import VARIANCES
 from minicache.images import ENDINGS, beside, enlargement, grid, save_folder, save_gif, save_npz, save_png, to_uint8
@@ -79,17 +79,6 @@ def prepare_out(name: str) -> Path:
     except OSError as error:
         raise ValueError(f"--out {out}: its folder cannot be made ({error.strerror})") from None
     return out
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def plan_from(args: argparse.Namespace) -> CachePlan:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minicache.cli import Parser, choose_device, run
 from minicache.convert import save
 from minicache.data import Source, source
 from minicache.diffusion import Diffusion
@@ -46,13 +47,20 @@ def main(
     lr: float = 1e-3,
     ema: float = 0.9995,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
     preview_every: int = 2000,
     save_every: int = 500,
     resume: bool = False,
 ) -> Path:
     """Train, and return the path of the checkpoint (EMA weights, and all that a resumed run needs)."""
+    for name, value in {"steps": steps, "batch_size": batch_size, "preview_every": preview_every,
+                        "save_every": save_every}.items():  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not (lr > 0 and 0 <= ema < 1):
+        raise ValueError(f"need lr > 0 and 0 <= ema < 1, not {lr} and {ema}")
+    device = choose_device(device)
     config = UNetConfig(
         image_size, model_channels, channel_mult, attention_resolutions=attention_resolutions, dropout=dropout
     )
@@ -81,7 +89,7 @@ def main(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             x0, t, eps = batch(draw, batch_size, unet.diffusion.num_timesteps, seed, step)
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low_precision):
+            with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
                 each = unet.diffusion.loss(unet, x0.to(device), t.to(device), eps.to(device))
             loss = each.mean()
             optimizer.zero_grad(set_to_none=True)
@@ -136,7 +144,7 @@ def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimi
     return content["training"]["step"]
 
 
-def faster_in_bf16(device: str) -> bool:
+def faster_in_bf16(device: torch.device) -> bool:
     """Whether this machine's convolutions are faster in bfloat16: it is tried."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -174,11 +182,8 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n")[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    what, _, examples = __doc__.partition("\n\n")
+    parser = Parser(prog="train_tiny.py", description=what, epilog=examples)
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10, or a folder or zip of images (default: shapes)")
     add("--out", help="folder of the checkpoint, the log and the previews (default: runs/<data>)")
@@ -195,7 +200,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("lr", float, 1e-3, "peak learning rate; decays to 0 along a cosine"),
         ("ema", float, 0.9995, "decay of the averaged weights"),
         ("seed", int, 0, ""),
-        ("device", str, "cpu", "cpu, cuda, mps"),
+        ("device", str, "auto", "cpu, cuda, mps; auto: cuda where there is one"),
         ("preview-every", int, 2000, "steps between sample grids"),
         ("save-every", int, 500, "steps between checkpoints"),
     ):
@@ -206,9 +211,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(**vars(parse()))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_tiny.py: {error}")
+    run("train_tiny.py", lambda: print(main(**vars(parse()))))

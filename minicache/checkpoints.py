@@ -125,7 +125,7 @@ def locate(name_or_path: str | Path) -> Path:
     names = [*EMBEDDED, *REGISTRY]
     if "/" in name or Path(name).suffix:
         raise ValueError(f"there is no file or folder {name}")
-    nearest = difflib.get_close_matches(name, names, n=1)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]}?" if nearest else f"the names are {', '.join(names)}"
     raise ValueError(f"{name!r} is neither a checkpoint's name nor a path: {hint}")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Callable, NoReturn
+
+import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,12 +20,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help shows what is allowed\n")
 
 
+def choose_device(name: str) -> torch.device:
+    """"auto" is cuda where there is one; ValueError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def run(name: str, command: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit; what a person, the disk or the network did wrong is said without a traceback."""
     try:
         sys.exit(command() or 0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -32,8 +32,9 @@ class Cost(NamedTuple):
 class _Peak(TorchDispatchMode):
     """Watches every tensor that is made, and remembers the most bytes that were alive at once."""
 
-    def __init__(self):
+    def __init__(self, unet: UNet):
         super().__init__()
+        self.weights = {StorageWeakRef(p.untyped_storage()) for p in unet.parameters()}  # views of them are not made
         self.alive: dict[StorageWeakRef, int] = {}
         self.peak = 0
 
@@ -41,9 +42,9 @@ class _Peak(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.alive.setdefault(StorageWeakRef(storage), storage.nbytes())
-        self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
+                self.alive[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        alive = ((made, size) for made, size in self.alive.items() if not made.expired() and made not in self.weights)
+        self.alive = dict(alive)
         self.peak = max(self.peak, sum(self.alive.values()))
         return result
 
@@ -56,7 +57,7 @@ def cost(unet: UNet, branch: int | None = None) -> Cost:
         unet = UNet(config).eval()
         x, t = torch.empty(1, config.in_channels, config.image_size, config.image_size), torch.zeros(1)
         cached_U = None if branch is None else torch.empty(1, *unet.cached_shape(branch))
-    counter, peak = FlopCounterMode(display=False), _Peak()
+    counter, peak = FlopCounterMode(display=False), _Peak(unet)
     for mode in (counter, peak):
         with mode:
             unet(x, t) if branch is None else unet.forward_partial(x, t, cached_U, branch)

@@ -254,8 +254,7 @@ class UNet(nn.Module):
         C, multiple = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1)
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(f"x has shape {list(x.shape)}; need [B, {C}, H, W], H and W multiples of {multiple}")
-        if not 1 <= branch <= len(self.D):
-            raise ValueError(f"branch={branch} is not in 1..{len(self.D)}, the pairs of this network")
+        self.check_branch(branch)
         if isinstance(t, int) and not 0 <= t <= 999:  # a tensor is not looked at: that would wait for the device
             raise ValueError(f"t={t} is not a timestep in 0..999")
         t = torch.as_tensor(t, device=x.device).reshape(-1)
@@ -268,9 +267,14 @@ class UNet(nn.Module):
 
     def cached_shape(self, branch: int, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of cached_U, for images of height x width (default: the config's image_size)."""
+        self.check_branch(branch)
         level = (branch - 1) // (self.config.num_res_blocks + 1)
         height, width = height or self.config.image_size, width or self.config.image_size
         return self.U[branch - 1].c_below, height >> level, width >> level
+
+    def check_branch(self, branch: int) -> None:
+        if not 1 <= branch <= len(self.D):
+            raise ValueError(f"branch={branch} is not in 1..{len(self.D)}, the pairs of this network")
 
     def check_cache(self, x: Tensor, cached_U: Tensor, branch: int) -> None:
         expected = [x.shape[0], *self.cached_shape(branch, *x.shape[2:])]

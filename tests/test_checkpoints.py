@@ -1,0 +1,181 @@
+"""Names, downloads, and the golden test of the published weights; the only server here is on this machine."""
+
+import functools
+import hashlib
+import http.server
+import json
+import re
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, noise, random_unet
+
+from minicache import checkpoints, load
+from minicache.checkpoints import EMBEDDED, REGISTRY, Entry, golden_distances, listing, locate, main
+from minicache.convert import save
+from minicache.files import fetch
+
+CONTENT = bytes(range(256)) * 5000
+CHECKSUM = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT at any path, from where the client asks; forgets to, at /whole."""
+
+    def do_GET(self):
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"]).group(1))
+        self.server.starts.append(start)
+        if self.path == "/missing":
+            return self.send_error(404)
+        if start >= len(CONTENT):
+            return self.send_error(416)
+        start = 0 if self.path == "/whole" else start
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        self.wfile.write(CONTENT[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.starts, server.url = [], f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_download(server, tmp_path):
+    path = tmp_path / "cache" / "file.bin"
+    assert fetch(f"{server.url}/file", path, CHECKSUM).read_bytes() == CONTENT
+    assert fetch("http://127.0.0.1:9/never-asked", path, CHECKSUM) == path
+    assert [file.name for file in path.parent.iterdir()] == ["file.bin"] and server.starts == [0]
+
+
+@pytest.mark.parametrize("done", [1000, len(CONTENT)])
+@pytest.mark.parametrize("kind", ["file", "whole"])
+def test_download_goes_on_where_it_stopped(server, tmp_path, done, kind):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:done])
+    assert fetch(f"{server.url}/{kind}", tmp_path / "file.bin", CHECKSUM).read_bytes() == CONTENT
+    assert server.starts == [done] and not (tmp_path / "file.bin.part").exists()
+
+
+def test_download_of_something_else_is_thrown_away(server, tmp_path):
+    with pytest.raises(ValueError, match="thrown away"):
+        fetch(f"{server.url}/file", tmp_path / "file.bin", "md5:" + "0" * 32)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file.bin").write_bytes(b"put here by hand, but wrong")
+    with pytest.raises(ValueError, match=r"file\.bin has not the sha256"):
+        fetch(f"{server.url}/file", tmp_path / "file.bin", CHECKSUM)
+
+
+def test_offline_error_says_what_to_do(server, tmp_path, monkeypatch):
+    with pytest.raises(ConnectionError, match="Not Found"):
+        fetch(f"{server.url}/missing", tmp_path / "file.bin", CHECKSUM)
+    monkeypatch.setenv("MINICACHE_HOME", str(tmp_path / "home"))
+    entry = Entry("http://127.0.0.1:9/net.bin", CHECKSUM, 1, True, None)
+    monkeypatch.setitem(REGISTRY, "unreachable", entry)
+    with pytest.raises(ConnectionError) as error:
+        load("unreachable")
+    for word in ("unreachable.bin", "http://127.0.0.1:9/net.bin", str(tmp_path / "home" / "unreachable.bin")):
+        assert word in str(error.value)
+
+
+def test_registry_is_complete():
+    names = [f"ddpm_{kind}{ema}" for kind in ("cifar10", "celebahq_256", "church_256", "bedroom_256", "cat_256")
+             for ema in ("", "_ema")]  # fmt: skip
+    assert sorted(REGISTRY) == sorted(names)
+    golden = json.loads((ROOT / "weights" / "golden_ddpm_logits.json").read_text())
+    for name, entry in REGISTRY.items():
+        algorithm, digest = entry.checksum.split(":")
+        assert re.fullmatch("[0-9a-f]+", digest) and len(digest) == {"sha256": 64, "md5": 32}[algorithm]
+        assert entry.ema == name.endswith("_ema") and (entry.golden is None or len(golden[entry.golden]) == 30)
+        assert entry.golden or name == "ddpm_cifar10_ema"
+    assert "ddpm_cifar10_ema" in REGISTRY["ddpm_cifar10"].note  # whoever takes the worse one is told of the better
+    assert len({entry.url for entry in REGISTRY.values()}) == len(REGISTRY)
+
+
+def test_listing(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINICACHE_HOME", str(tmp_path))
+    lines = listing().splitlines()
+    assert len(lines) == 1 + len(EMBEDDED) + len(REGISTRY)
+    assert lines[1].split()[:4] == ["tiny", f"{(ROOT / 'weights' / 'tiny.pt').stat().st_size / 1e6:.1f}", "yes", "yes"]
+    line = next(line for line in lines if line.startswith("ddpm_cifar10 "))
+    assert line.split()[1:4] == ["143", "NO", "no"] and "FID 12" in line
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_checkpoints(name):
+    unet = load(name)
+    assert not unet.training and sum(p.numel() for p in unet.parameters()) < 3e6
+    path = locate(name)
+    assert path.stat().st_size <= 6e6
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest in (ROOT / "weights" / "README.md").read_text(), f"weights/README.md lacks the hash {digest}"
+    x0 = noise(1, 3, 32, 32).clamp(-1, 1)
+    loss = unet.diffusion.loss(unet, x0, torch.tensor([900]), noise(1, 3, 32, 32, seed=1))
+    assert loss < 0.2  # it has learned: an untrained network, which predicts 0, has 1
+
+
+def test_names_and_paths(tmp_path, unet):
+    for name, words in (
+        ("tyni", "did you mean tiny"),
+        ("ddpm_cifar", "did you mean ddpm_cifar10"),
+        ("zzz", "the names are tiny"),
+        ("no/such/file.pt", "there is no file or folder no/such/file.pt"),
+        ("nothing.ckpt", "there is no file"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(name)
+    save(tmp_path / "net.pt", unet)
+    again = load(tmp_path / "net.pt", dtype=torch.bfloat16)
+    x = noise(1, 3, 16, 16)
+    eps = again(x, 10)
+    assert again.conv_out.weight.dtype == torch.bfloat16 and eps.dtype == torch.float32
+    assert torch.allclose(eps, unet(x, 10), atol=0.1) and again.fingerprint == load(tmp_path / "net.pt").fingerprint
+
+
+def test_golden_input_is_the_published_one():
+    """torch.manual_seed(0), then randn: a generator of its own gives the same numbers."""
+    torch.manual_seed(0)
+    assert torch.equal(torch.randn(1, 3, 32, 32), noise(1, 3, 32, 32))
+
+
+def test_verify(tmp_path, monkeypatch, capsys):
+    """Two published networks of 16 pixels; the right file, a mix-up, a stranger, and one without published values."""
+    nets = {name: random_unet() for name in ("a_16", "b_16", "stranger")}
+    for k, (name, unet) in enumerate(nets.items()):
+        unet.conv_out.bias += 0.1 * k
+        save(tmp_path / f"{name}.pt", unet)
+    x = noise(1, 3, 16, 16)
+    golden = {name: nets[name](x, 10)[0, 0, 0, :30].flatten().tolist() for name in ("a_16", "b_16")}
+    (tmp_path / "golden_ddpm_logits.json").write_text(json.dumps({**golden, "c_32": [0.0] * 30, "_how": "text"}))
+    monkeypatch.setattr(checkpoints, "embedded_folder", lambda: tmp_path)
+    assert golden_distances(nets["a_16"])["a_16"] < 1e-6 < 0.05 < golden_distances(nets["a_16"])["b_16"]
+
+    files = {"right": ("a_16", "a_16"), "mixed": ("b_16", "a_16"), "wrong": ("stranger", "a_16"),
+             "unpublished": ("stranger", None), "unpublished_mixed": ("b_16", None)}  # fmt: skip
+    for name, (file, published) in files.items():
+        data = (tmp_path / f"{file}.pt").read_bytes()
+        entry = Entry(f"http://127.0.0.1:9/{name}.pt", "sha256:" + hashlib.sha256(data).hexdigest(), 1, True, published)
+        monkeypatch.setitem(REGISTRY, name, entry)
+        monkeypatch.setenv("MINICACHE_HOME", str(tmp_path / "home"))
+        entry.path(name).parent.mkdir(exist_ok=True)
+        entry.path(name).write_bytes(data)
+    for argument, code, words in (
+        ("right", 0, "OK: its 30 outputs agree with those published for a_16"),
+        ("mixed", 2, "those of b_16: the likely mix-up"),
+        ("wrong", 2, "fit no other published network"),
+        ("unpublished", 0, "No outputs are published"),
+        ("unpublished_mixed", 2, "these are b_16's; the likely mix-up"),
+        (str(tmp_path / "b_16.pt"), 0, "OK: these are the weights of b_16"),
+        (str(tmp_path / "stranger.pt"), 0, "No outputs are published"),
+    ):
+        assert main(["verify", argument]) == code, argument
+        assert words in capsys.readouterr().out

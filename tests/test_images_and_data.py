@@ -1,0 +1,136 @@
+import hashlib
+import io
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise
+from PIL import Image
+
+from minicache import data
+from minicache.data import shapes, source
+from minicache.files import replacing
+from minicache.images import grid, save_folder, save_gif, save_npz, save_png, to_uint8
+
+
+def test_uint8_clamps_and_rounds():
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.5, 1.0, 3.0]).reshape(7, 1, 1, 1)
+    assert to_uint8(x).ravel().tolist() == [0, 0, 0, 128, 191, 255, 255]
+    assert to_uint8(noise(2, 3, 4, 5)).shape == (2, 4, 5, 3)
+    images = torch.arange(256).reshape(1, 1, 16, 16)
+    assert torch.equal(torch.from_numpy(to_uint8(images / 127.5 - 1)[..., 0]), images[0].byte())
+
+
+def test_grid_places_every_image():
+    images = np.stack([np.full((4, 4, 3), k, np.uint8) for k in range(5)])
+    sheet = grid(images)
+    assert sheet.shape == (2 * 6 + 2, 3 * 6 + 2, 3)
+    assert [sheet[2 + 6 * (k // 3), 2 + 6 * (k % 3), 0] for k in range(5)] == [0, 1, 2, 3, 4]
+    assert (sheet[2 + 6, 2 + 12] == 255).all()
+
+
+def test_files(tmp_path):
+    images = to_uint8(noise(3, 3, 8, 8))
+    save_png(tmp_path / "a.png", grid(images), scale=2)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (2 * 22, 2 * 22)
+    save_gif(tmp_path / "a.gif", [grid(images), grid(images[::-1]), grid(images)])
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.n_frames == 3
+    save_npz(tmp_path / "a.npz", images)
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], images)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("kept")
+    save_folder(tmp_path / "folder", images, [7, 8, 9])
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["000007.png", "000008.png", "000009.png", "mine.txt"]
+    with Image.open(tmp_path / "folder" / "000008.png") as image:
+        assert np.array_equal(np.asarray(image), images[1])
+    grey = to_uint8(noise(2, 1, 8, 8))
+    save_png(tmp_path / "grey.png", grid(grey))
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="disk full"), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise OSError("disk full")
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_shapes(size):
+    x = shapes(64, size, generator())
+    assert x.shape == (64, 3, size, size) and x.min() >= -1 and x.max() <= 1
+    assert torch.equal(x, shapes(64, size, generator())) and not torch.equal(x, shapes(64, size, generator(1)))
+    dark = (x < -0.6).all(dim=1).float().mean(dim=(1, 2))  # outlines
+    assert (dark > 0.005).float().mean() > 0.9
+    assert x.flatten(2).std(dim=2).mean() > 0.1 and x.mean(dim=(2, 3)).std() > 0.1
+
+
+def png(value: int, size: tuple[int, int] = (40, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_folders_and_zips(tmp_path):
+    (tmp_path / "pictures" / "class").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for k in range(3):
+            (tmp_path / "pictures" / "class" / f"{k}.png").write_bytes(png(100 * k))
+            archive.writestr(f"class/{k}.png", png(100 * k))
+        archive.writestr("README.txt", "not an image")
+    folder, zipped = (source(str(tmp_path / name), 16)(50, generator()) for name in ("pictures", "pictures.zip"))
+    assert torch.equal(folder, zipped) and folder.shape == (50, 3, 16, 16)
+    assert sorted(set(((folder[:, 0, 0, 0] + 1) * 127.5).round().int().tolist())) == [0, 100, 200]
+    (tmp_path / "pictures" / "broken.png").write_bytes(png(5)[:40])
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        source(str(tmp_path / "pictures"), 16)
+
+
+def test_half_of_the_pictures_are_flipped(tmp_path):
+    image = Image.new("RGB", (16, 16))
+    image.putpixel((0, 0), (255, 255, 255))
+    image.save(tmp_path / "corner.png")
+    x = source(str(tmp_path), 16)(200, generator())
+    left, right = (x[:, 0, 0, 0] > 0).float().mean(), (x[:, 0, 0, -1] > 0).float().mean()
+    assert left + right == 1 and 0.4 < left < 0.6
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    """The layout of the binary archive: a label, then 1024 red, green and blue values a record."""
+    record = np.arange(3073, dtype=np.uint16).astype(np.uint8)
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        for k in range(1, 6):
+            content = (record + k).astype(np.uint8).tobytes() * 2
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{k}.bin")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    monkeypatch.setenv("MINICACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="md5"):
+        data.cifar10()
+    md5 = hashlib.md5((tmp_path / "cifar-10-binary.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "CIFAR10_CHECKSUM", f"md5:{md5}")
+    images = data.cifar10()
+    assert images.shape == (10, 3, 32, 32) and images[2, 0, 0, :3].tolist() == [3, 4, 5]
+    assert source("cifar10", 32)(4, generator()).shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name, words", [("nowhere", "neither shapes"), ("empty", "holds no images")])
+def test_wrong_sources(tmp_path, name, words):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=words):
+        source(str(tmp_path / name), 32)
+    with pytest.raises(ValueError, match="CIFAR-10 has 32"):
+        source("cifar10", 64)

@@ -1,0 +1,209 @@
+"""The command line: what it draws, and one clear sentence for whatever a person gets wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_unet
+from PIL import Image
+
+from minicache import Recipe, load, uniform
+from minicache.cli import run
+from minicache.convert import save
+from minicache.images import to_uint8
+from minicache.samplers import sample as sample_images
+from sample import main, parse
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    unet = random_unet()
+    unet.conv_out.weight.data *= 0.3  # so that pictures of a random network are not all black and white
+    path = tmp_path_factory.mktemp("net") / "net.pt"
+    save(path, unet)
+    return path
+
+
+def draw(net, *flags) -> None:
+    main(parse(["--ckpt", str(net), "--steps", "6", "--num", "3", *map(str, flags)]))
+
+
+def test_grid(net, tmp_path, capsys):
+    draw(net, "--interval", "3", "--out", tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == (6 * (2 * 18 + 2), 6 * (2 * 18 + 2))
+    out = capsys.readouterr().out
+    for words in ("parameters, float32 on cpu", "6 steps (uniform): 2 in full, 4 at branch 3 of 4", "GMACs an image",
+                  "3 images (seeds 0..2)", "images/s", "cache 0.", str(tmp_path / "x.png")):  # fmt: skip
+        assert words in out, words
+
+
+def test_npz_holds_exactly_what_sample_draws(net, tmp_path):
+    draw(net, "--seed", "5", "--batch-size", "2", "--interval", "2", "--branch", "2", "--out", tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert list(arrays) == ["arr_0"]
+        drawn = arrays["arr_0"]
+    expected = to_uint8(sample_images(load(net), [5, 6, 7], batch_size=2, plan=uniform(6, 2, 2)))
+    assert drawn.dtype == np.uint8 and np.array_equal(drawn, expected)
+
+
+def test_folder_and_gif(net, tmp_path):
+    draw(net, "--out", tmp_path / "deep" / "folder")
+    assert [path.name for path in sorted((tmp_path / "deep" / "folder").iterdir())] == [f"00000{k}.png" for k in range(3)]
+    draw(net, "--out", tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as image:
+        assert image.n_frames == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "x.gif"]
+
+
+@pytest.mark.parametrize("ending", ["png", "gif"])
+def test_compare(net, tmp_path, capsys, ending):
+    draw(net, "--compare", "--out", tmp_path / f"x.{ending}")
+    out = capsys.readouterr().out
+    for words in ("measured speed-up", "by MACs", "PSNR", "largest difference", "left: uncached"):
+        assert words in out
+    with Image.open(tmp_path / f"x.{ending}") as image:
+        assert image.size[0] == 6 * (2 * (2 * 18 + 2) + 8)
+
+
+def test_compare_at_interval_one_is_the_same_picture(net, tmp_path, capsys):
+    draw(net, "--compare", "--interval", "1", "--out", tmp_path / "x.png")
+    assert "PSNR to uncached inf dB on average" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--center", "2"], "2 in full"),
+        (["--power", "1.4", "--interval", "2"], "3 in full"),
+        (["--sampler", "ddpm", "--variance", "fixed_small", "--no-clip"], "ddpm, 6 steps"),
+        (["--sampler", "dpm++2m", "--spacing", "trailing", "--forecast", "linear"], "dpm++2m, 6 steps (trailing)"),
+        (["--sampler", "plms", "--dtype", "bfloat16"], "bfloat16 on cpu"),
+        (["--eta", "0.5", "--branch", "1"], "ddim, eta 0.5"),
+    ],
+)
+def test_flags(net, tmp_path, capsys, flags, words):
+    draw(net, "--out", tmp_path / "x.png", *flags)
+    assert words in capsys.readouterr().out and (tmp_path / "x.png").exists()
+
+
+def test_recipe(net, tmp_path, capsys):
+    recipe = Recipe(uniform(5, 2, 2, "linear"), "dpm++2m", "trailing", fingerprint=load(net).fingerprint)
+    recipe.save(tmp_path / "r.json")
+    flags = ["--ckpt", str(net), "--num", "2", "--plan", str(tmp_path / "r.json"), "--out", str(tmp_path / "x.npz")]
+    main(parse([*flags, "--steps", "5", "--sampler", "dpm++2m"]))
+    with np.load(tmp_path / "x.npz") as arrays:
+        drawn = arrays["arr_0"]
+    expected = sample_images(load(net), [0, 1], sampler="dpm++2m", spacing="trailing", plan=recipe.plan)
+    assert np.array_equal(drawn, to_uint8(expected))
+    assert "5 steps (trailing): 3 in full" in capsys.readouterr().out
+    for extra in (["--steps", "6"], ["--sampler", "ddim"], ["--interval", "2"], ["--branch", "3"], ["--eta", "0.3"]):
+        with pytest.raises(ValueError, match=f"{extra[0]}.* contradicts"):
+            main(parse([*flags, *extra]))
+
+
+# --- what a person gets wrong ----------------------------------------------------------------------------------------
+
+BAD = [
+    (["--interval", "0"], "interval=0"),
+    (["--interval", "-1"], "interval=-1"),
+    (["--interval", "x"], "--interval: invalid int value: 'x'"),
+    (["--branch", "0"], "branch=0"),
+    (["--branch", "99"], "branch=99 is not in 1..4"),
+    (["--steps", "0"], "steps=0"),
+    (["--steps", "1001"], "steps=1001"),
+    (["--steps", "1"], "t = 0"),
+    (["--power", "0.5"], "power=0.5"),
+    (["--center", "-1"], "center=-1"),
+    (["--center", "101"], "center=101"),
+    (["--eta", "-1"], "eta=-1"),
+    (["--eta", "0.5", "--sampler", "dpm++2m"], "eta=0.5"),
+    (["--sampler", "euler"], "euler"),
+    (["--num", "0"], "--num"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--seed", "-3"], "--seed"),
+    (["--ckpt", "tinny"], "did you mean tiny?"),
+    (["--ckpt", "no/such.pt"], "there is no file or folder no/such.pt"),
+    (["--ckpt", "{dir}/truncated.pt"], "truncated"),
+    (["--ckpt", "{dir}/pickle.pt"], "pickle.pt"),
+    (["--ckpt", "{dir}/list.pt"], "not a state dict"),
+    (["--ckpt", "{dir}/missing.pt"], "lacks tensor conv_out.bias"),
+    (["--ckpt", "{dir}/extra.pt"], "unexpected tensor more"),
+    (["--ckpt", "{dir}/shape.pt"], "conv_out.bias has shape [4]"),
+    (["--ckpt", "{dir}/nan.pt"], "NaN"),
+    (["--plan", "{dir}/other.json"], "made for the weights 0123"),
+    (["--plan", "{dir}/text.json"], "is not a recipe"),
+    (["--plan", "{dir}/list.json"], "is not a recipe"),
+    (["--plan", "{dir}/none.json"], "none.json"),
+    (["--plan", "{dir}/plain.json", "--interval", "3"], "contradicts"),
+    (["--device", "cuda"], "device cuda cannot be used here"),
+    (["--device", "toaster"], "device toaster cannot be used here"),
+    (["--out", "{dir}/truncated.pt/x.png"], "folder cannot be made"),
+    (["--out", "{dir}/x.jpg"], "ending"),
+    (["--out", "{dir}/folder.png"], "there is a folder of that name"),
+    (["--nonsense"], "--nonsense"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad(net, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    content = torch.load(net, weights_only=True)
+
+    def variant(name, change):
+        state = dict(content["state_dict"])
+        change(state)
+        torch.save({**content, "state_dict": state}, folder / f"{name}.pt")
+
+    variant("missing", lambda state: state.pop("conv_out.bias"))
+    variant("extra", lambda state: state.update(more=torch.zeros(1)))
+    variant("shape", lambda state: state.update({"conv_out.bias": torch.zeros(4)}))
+    variant("nan", lambda state: state.update({"conv_out.bias": torch.full((3,), float("nan"))}))
+    (folder / "truncated.pt").write_bytes(net.read_bytes()[:-2000])
+    (folder / "pickle.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    torch.save([1, 2], folder / "list.pt")
+    Recipe(uniform(6, 2), fingerprint="0123").save(folder / "other.json")
+    Recipe(uniform(6, 2)).save(folder / "plain.json")
+    (folder / "text.json").write_text("not JSON")
+    (folder / "list.json").write_text(json.dumps([1]))
+    (folder / "folder.png").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one case needs a machine without CUDA")
+def test_bad_input(net, bad, tmp_path, capsys, flags, words):
+    flags = [flag.format(dir=bad) for flag in flags]
+    flags = [*flags, *(["--ckpt", str(net)] if "--ckpt" not in flags else [])]
+    flags = [*flags, *(["--out", str(tmp_path / "x.png")] if "--out" not in flags else []), "--num", "1"]
+    if flags[0] == "--num":
+        flags = flags[:-2]
+    with pytest.raises(SystemExit) as end:
+        run("sample.py", lambda: main(parse(flags)))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and words in error
+    assert error.startswith("sample.py: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def program(*flags, limit: str = "") -> subprocess.CompletedProcess:
+    command = f"{limit} exec {sys.executable} sample.py {' '.join(map(str, flags))}"
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_as_a_program(net, tmp_path):
+    done = program("--ckpt", net, "--steps", 4, "--num", 1, "--out", tmp_path / "x.png")
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "x.png").exists()
+    wrong = program("--interval", 0)
+    assert wrong.returncode == 2 and wrong.stderr == "sample.py: interval=0 must be a whole number of at least 1\n"
+    assert "examples:" in program("--help").stdout
+
+
+def test_a_full_disk_leaves_no_half_file(net, tmp_path):
+    """A limit on the size of files stands for the full disk: writing fails half way."""
+    done = program("--ckpt", net, "--steps", 2, "--num", 4, "--out", tmp_path / "x.npz", limit="ulimit -f 1;")
+    assert done.returncode == 2 and done.stderr.startswith("sample.py: ") and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,94 @@
+"""Training learns, is reproducible, and goes on after an interruption as if nothing had happened."""
+
+import csv
+
+import pytest
+import torch
+
+import train_tiny
+from minicache import load, sample
+from train_tiny import batch, faster_in_bf16, main, parse
+
+QUICK = {
+    "image_size": 16, "channel_mult": (1,), "attention_resolutions": (), "batch_size": 8, "dtype": "float32",
+    "preview_every": 100, "save_every": 100, "steps": 6,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(train_tiny, "preview", lambda unet, path: path.touch())
+    with torch.enable_grad():
+        yield
+
+
+def test_it_learns_and_its_checkpoint_samples(tmp_path):
+    last = main(out=str(tmp_path), **{**QUICK, "steps": 150, "batch_size": 16, "lr": 3e-3, "ema": 0.9})
+    rows = list(csv.reader((tmp_path / "log.csv").read_text().splitlines()))
+    assert rows[0] == ["step", "loss", "loss_noisiest_tenth", "seconds"] and [row[0] for row in rows[1:]] == ["100", "150"]
+    assert float(rows[2][1]) < 0.5 * float(rows[1][1]) < 0.5
+    unet = load(last)
+    assert unet.config.image_size == 16 and unet.diffusion.beta_end == 0.012
+    assert torch.isfinite(sample(unet, [0], steps=5)).all()
+    x0, t, eps = batch(lambda n, g: torch.zeros(n, 3, 16, 16), 32, 1000, 7, 0)
+    assert unet.diffusion.loss(unet, x0, t, eps).mean() < 0.5
+    assert (tmp_path / "preview_000150.png").exists()
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
+    whole = weights(main(out=str(tmp_path / "whole"), **QUICK))
+
+    def interrupted(*args):
+        if args[-1] == 3:
+            raise KeyboardInterrupt
+        return batch(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tiny, "batch", interrupted)
+        main(out=str(tmp_path / "parts"), **QUICK)
+    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["training"]["step"] == 3
+    resumed = weights(main(out=str(tmp_path / "parts"), resume=True, **QUICK))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    def draw(n, generator):
+        return torch.rand(n, 3, 4, 4, generator=generator)
+
+    first, again, other = batch(draw, 8, 1000, 0, 5), batch(draw, 8, 1000, 0, 5), batch(draw, 8, 1000, 0, 6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
+    assert [int(t) // 125 for t in first[1]] == list(range(8))
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing to resume"):
+        main(out=str(tmp_path), resume=True, **QUICK)
+    main(out=str(tmp_path), **{**QUICK, "steps": 1})
+    with pytest.raises(ValueError, match="add --resume"):
+        main(out=str(tmp_path), **QUICK)
+    with pytest.raises(ValueError, match="use the same flags"):
+        main(out=str(tmp_path), resume=True, **{**QUICK, "channel_mult": (1, 1)})
+    with pytest.raises(ValueError, match="neither shapes"):
+        main(data="nowhere", out=str(tmp_path / "other"), **QUICK)
+    with pytest.raises(ValueError, match="steps=0"):
+        main(out=str(tmp_path / "other"), **{**QUICK, "steps": 0})
+    assert not (tmp_path / "other").exists()
+
+
+def test_flags_are_the_parameters_of_main():
+    import inspect
+
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
+    assert vars(parse([])) == defaults
+    assert parse(["--channel-mult", "1,2", "--resume"]).channel_mult == (1, 2)
+    with pytest.raises(SystemExit) as error:
+        parse(["--channel-mult", "1,x"])
+    assert error.value.code == 2
+
+
+def test_bf16_is_chosen_by_measuring():
+    assert faster_in_bf16(torch.device("cpu")) in (True, False)
