@@ -61,7 +61,13 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
     if args.compare:
         frames_full, seconds_full = draw(unet, seeds, args.batch_size, uncached, film)
-        compare(frames[-1], frames_full[-1], seconds, seconds_full, plan_macs(unet, uncached["plan"]) / plan_macs(unet, plan))
+        compare(
+            frames[-1],
+            frames_full[-1],
+            seconds,
+            seconds_full,
+            plan_macs(unet, uncached["plan"]) / plan_macs(unet, plan),
+        )
     write(out, frames, frames_full if args.compare else None, seeds)
     print(out if not args.compare or out.suffix not in (".png", ".gif") else f"{out} (left: uncached, right: as above)")
 
@@ -72,7 +78,7 @@ def prepare_out(name: str) -> Path:
     folder = out.suffix == ""
     if not folder and out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: the ending must be {', '.join(ENDINGS)}, or none, for a folder of PNGs")
-    if folder and out.exists() and not out.is_dir() or not folder and out.is_dir():
+    if (folder and out.exists() and not out.is_dir()) or (not folder and out.is_dir()):
         raise ValueError(f"--out {out}: there is a {'folder' if out.is_dir() else 'file'} of that name")
     try:
         (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
@@ -99,13 +105,17 @@ def refuse_contradictions(args: argparse.Namespace, recipe: Recipe) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} contradicts {args.plan}, which has {value}")
     for name in ("interval", "center", "power", "forecast"):
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name} contradicts {args.plan}, which says itself what runs in full and how to forecast")
+            raise ValueError(
+                f"--{name} contradicts {args.plan}, which says itself what runs in full and how to forecast"
+            )
 
 
 def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any]) -> None:
     plan = settings["plan"]
     device = next(unet.parameters()).device
-    where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where = (
+        f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    )
     print(f"{args.ckpt}: {sum(p.numel() for p in unet.parameters()):,} parameters, {args.dtype} on {where}")
     if args.ckpt in REGISTRY and REGISTRY[args.ckpt].note:
         print(f"  {REGISTRY[args.ckpt].note}")
@@ -123,7 +133,9 @@ def denoise_once(unet: UNet, batch: int, branch: int) -> None:
         pass
 
 
-def draw(unet: UNet, seeds: range, batch_size: int, settings: dict[str, Any], film: bool) -> tuple[list[np.ndarray], float]:
+def draw(
+    unet: UNet, seeds: range, batch_size: int, settings: dict[str, Any], film: bool
+) -> tuple[list[np.ndarray], float]:
     """Pictures as uint8 [num, H, W, C], in a list that ends with the finished ones, and the seconds it took."""
     began = time.perf_counter()
     if film:
@@ -166,9 +178,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what, _, examples = __doc__.partition("\n\n")
     parser = Parser(prog="sample.py", description=what, epilog=examples)
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", default="tiny", help="a name (python -m minicache.checkpoints lists them), file or folder; default tiny")
+    add(
+        "--ckpt",
+        default="tiny",
+        help="a name (python -m minicache.checkpoints lists them), file or folder; default tiny",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the network; default float32")
+    add(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the network; default float32"
+    )
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
     add("--steps", type=int, help="default 100")
@@ -181,14 +199,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--branch", type=int, help="outermost pairs of blocks that run at the other steps; default 3")
     add("--center", type=float, help="non-uniform: full steps are densest about this one; default steps / 2")
     add("--power", type=float, help="non-uniform: how dense, at least 1; default 1.2")
-    add("--forecast", choices=FORECASTS, help="what stands in for the deep features: the last ones, or a line; default hold")
+    add(
+        "--forecast",
+        choices=FORECASTS,
+        help="what stands in for the deep features: the last ones, or a line; default hold",
+    )
     add("--plan", metavar="FILE", help="a recipe (JSON) that sets the sampler and what is cached")
     add = parser.add_argument_group("output").add_argument
     add("--num", type=int, default=16, help="images; default 16")
     add("--seed", type=int, default=0, help="of the first image; the next has the next; default 0")
     add("--batch-size", type=int, default=64, help="images at a time; default 64")
     add("--compare", action="store_true", help="also draw uncached; say and (png, gif) show the difference")
-    add("--out", default="samples.png", help=".png: grid, .gif: the denoising, .npz: arr_0 uint8, else a folder of PNGs")
+    add(
+        "--out", default="samples.png", help=".png: grid, .gif: the denoising, .npz: arr_0 uint8, else a folder of PNGs"
+    )
     return parser.parse_args(argv)
 
 

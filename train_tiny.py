@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minicache.checkpoints import load
 from minicache.cli import Parser, choose_device, run
 from minicache.convert import save
 from minicache.data import Source, source
@@ -41,7 +42,7 @@ def main(
     channel_mult: tuple[int, ...] = (1, 2, 2, 2),
     attention_resolutions: tuple[int, ...] = (8,),
     dropout: float = 0.0,
-    beta_end: float = 0.012,
+    beta_end: float = 0.0075,
     steps: int = 12000,
     batch_size: int = 32,
     lr: float = 1e-3,
@@ -52,6 +53,7 @@ def main(
     preview_every: int = 2000,
     save_every: int = 500,
     resume: bool = False,
+    init: str | None = None,
 ) -> Path:
     """Train, and return the path of the checkpoint (EMA weights, and all that a resumed run needs)."""
     for name, value in {"steps": steps, "batch_size": batch_size, "preview_every": preview_every,
@@ -61,23 +63,29 @@ def main(
     if not (lr > 0 and 0 <= ema < 1):
         raise ValueError(f"need lr > 0 and 0 <= ema < 1, not {lr} and {ema}")
     device = choose_device(device)
-    config = UNetConfig(
-        image_size, model_channels, channel_mult, attention_resolutions=attention_resolutions, dropout=dropout
-    )
     folder = Path(out or f"runs/{Path(data).stem}")
     last = folder / "last.pt"
     if last.exists() and not resume:
         raise ValueError(f"{last} exists: add --resume to go on with it, or choose another --out")
-    draw = source(data, image_size)
     torch.manual_seed(seed)
-    unet = UNet(config).to(device)
+    if init:
+        unet = load(init).train()
+    else:
+        unet = UNet(
+            UNetConfig(
+                image_size, model_channels, channel_mult, attention_resolutions=attention_resolutions, dropout=dropout
+            )
+        )
+    unet = unet.to(device)
+    draw = source(data, unet.config.image_size)
     unet.diffusion = Diffusion(beta_end=beta_end)
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     start = restore(last, unet, average, optimizer) if resume else 0
     low_precision = faster_in_bf16(device) if dtype == "auto" else dtype == "bfloat16"
-    print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {'bf16' if low_precision else 'float32'}, "
-          f"{device}, {torch.get_num_threads()} threads, steps {start}..{steps}, into {folder}", flush=True)  # fmt: skip
+    parameters, precision = sum(p.numel() for p in unet.parameters()), "bf16" if low_precision else "float32"
+    print(f"{parameters:,} parameters, {precision}, {device}, {torch.get_num_threads()} threads", flush=True)
+    print(f"steps {start}..{steps}, into {folder}", flush=True)
 
     def checkpoint(step: int) -> None:
         save(last, average, training={"step": step, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()})
@@ -187,6 +195,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10, or a folder or zip of images (default: shapes)")
     add("--out", help="folder of the checkpoint, the log and the previews (default: runs/<data>)")
+    add("--init", metavar="CKPT", help="begin with these weights, and their shape, instead of random ones")
     add("--resume", action="store_true", help="go on from <out>/last.pt")
     for name, kind, default, text in (
         ("image-size", int, 32, "pixels a side"),
@@ -194,7 +203,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("channel-mult", whole_numbers, (1, 2, 2, 2), "width of each level, in model-channels"),
         ("attention-resolutions", whole_numbers, (8,), "sides at which blocks attend"),
         ("dropout", float, 0.0, ""),
-        ("beta-end", float, 0.012, "the schedule's last beta; Ho et al. have 0.02"),
+        ("beta-end", float, 0.0075, "the schedule's last beta; Ho et al. have 0.02 (see weights/README.md)"),
         ("steps", int, 12000, "training steps"),
         ("batch-size", int, 32, ""),
         ("lr", float, 1e-3, "peak learning rate; decays to 0 along a cosine"),

@@ -3,7 +3,8 @@
 from typing import Any
 
 from minicache.diffusion import Diffusion
-from minicache.plan import CachePlan, Recipe, full, nonuniform, uniform
+from minicache.plan import CachePlan, full, nonuniform, uniform
+from minicache.recipe import Recipe
 from minicache.samplers import denoise, sample
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
 

@@ -1,7 +1,7 @@
 """Names -> verified files: the embedded checkpoints, and the public weights of Ho et al. (2020).
 
-    python -m minicache.checkpoints                       # what there is: name, size, EMA or not, on disk or not
-    python -m minicache.checkpoints verify NAME|PATH      # were real weights loaded right?
+python -m minicache.checkpoints                       # what there is: name, size, EMA or not, on disk or not
+python -m minicache.checkpoints verify NAME|PATH      # were real weights loaded right?
 """
 
 from __future__ import annotations
@@ -199,9 +199,7 @@ def verify(name_or_path: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m minicache.checkpoints", description="List the checkpoints, or verify one."
-    )
+    parser = Parser(prog="python -m minicache.checkpoints", description="List the checkpoints, or verify one.")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="name, size, EMA or not, on disk or not (default)")
     check = commands.add_parser("verify", help="compare a network's outputs with the published ones")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Callable, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
@@ -21,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" is cuda where there is one; ValueError for a device that is not here."""
+    """ "auto" is cuda where there is one; ValueError for a device that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -52,11 +52,11 @@ class _Peak(TorchDispatchMode):
 @torch.no_grad()
 def cost(unet: UNet, branch: int | None = None) -> Cost:
     """Of a full pass (branch None), or of a partial pass with `branch` live pairs."""
-    config = unet.config
+    size = unet.config.image_size
     with torch.device("meta"):
-        unet = UNet(config).eval()
-        x, t = torch.empty(1, config.in_channels, config.image_size, config.image_size), torch.zeros(1)
-        cached_U = None if branch is None else torch.empty(1, *unet.cached_shape(branch))
+        unet = UNet(unet.config).eval()
+        x, t = torch.empty(1, unet.config.in_channels, size, size), torch.zeros(1)
+        cached_U = None if branch is None else torch.empty(1, *unet.cached_shape(branch, size, size))
     counter, peak = FlopCounterMode(display=False), _Peak(unet)
     for mode in (counter, peak):
         with mode:
@@ -80,7 +80,7 @@ def plan_macs(unet: UNet, plan: CachePlan) -> int:
 
 def cache_bytes(unet: UNet, plan: CachePlan) -> int:
     """float32 bytes of cached_U that the loop keeps for one image: one tensor, two when forecasting, none uncached."""
-    channels, height, width = unet.cached_shape(plan.branch)
+    channels, height, width = unet.cached_shape(plan.branch, unet.config.image_size, unet.config.image_size)
     tensors = 0 if len(plan.refresh) == plan.steps else 1 + plan.forecasts
     return 4 * channels * height * width * tensors
 
@@ -93,8 +93,8 @@ def table(unet: UNet, plan: CachePlan) -> str:
     """What a person reads: every branch of this network, then the plan."""
     whole, steps, refreshes = cost(unet), plan.steps, len(plan.refresh)
     lines = [
-        f"weights {weight_bytes(unet) / 1e6:.1f} MB; full pass {whole.macs / 1e9:.3f} GMACs "
-        f"(+ {whole.attention_macs / 1e9:.3f} in attention's products), activations' peak {whole.peak_bytes / 1e6:.1f} MB",
+        f"weights {weight_bytes(unet) / 1e6:.1f} MB; full pass {whole.macs / 1e9:.3f} GMACs (+ "
+        f"{whole.attention_macs / 1e9:.3f} in attention's products), activations' peak {whole.peak_bytes / 1e6:.1f} MB",
         "",
         "branch  partial GMACs  + attention  of full  a step, by this plan  cache MB  peak MB",
     ]
@@ -109,8 +109,8 @@ def table(unet: UNet, plan: CachePlan) -> str:
     total = plan_macs(unet, plan)
     lines += [
         "",
-        f"plan: {steps} steps, {refreshes} in full, the others at branch {plan.branch}: {total / 1e9:.1f} GMACs an image, "
-        f"{total / steps / 1e9:.3f} a step, {steps * whole.macs / total:.2f}x fewer than uncached",
+        f"plan: {steps} steps, {refreshes} in full, the others at branch {plan.branch}: {total / 1e9:.1f} GMACs an "
+        f"image, {total / steps / 1e9:.3f} a step, {steps * whole.macs / total:.2f}x fewer than uncached",
     ]
     return "\n".join(lines)
 

@@ -7,8 +7,8 @@ import io
 import math
 import tarfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def source(name: str, image_size: int) -> Source:
-    """"shapes" (procedural, endless), "cifar10" (downloaded once, hash checked), or a folder or zip of images."""
+    """ "shapes" (procedural, endless), "cifar10" (downloaded once, hash checked), or a folder or zip of images."""
     if name == "shapes":
         return lambda n, generator: shapes(n, image_size, generator)
     if name == "cifar10":

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from minicache.diffusion import Diffusion
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -216,7 +218,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def config_from_diffusers(path: Path) -> UNetConfig:
     """UNet2DModel's config.json, or a ValueError that names the field that cannot be honoured."""
     content = read_json(path)
-    require(path, {**content, "_class_name": content.get("_class_name")}, {"_class_name": ("UNet2DModel", None), **UNET2D})
+    require(
+        path, {**content, "_class_name": content.get("_class_name")}, {"_class_name": ("UNet2DModel", None), **UNET2D}
+    )
     size, widths = content.get("sample_size"), content.get("block_out_channels", [224, 448, 672, 896])
     size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
     if type(size) is not int:

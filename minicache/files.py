@@ -7,9 +7,9 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from tqdm import tqdm
 
@@ -61,7 +61,9 @@ def fetch(url: str, path: Path, checksum: str) -> Path:
         _download(url, part)
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
-        raise ConnectionError(f"cannot download {path.name} ({reason}); get {url} by hand and put it at {path}") from None
+        raise ConnectionError(
+            f"cannot download {path.name} ({reason}); get {url} by hand and put it at {path}"
+        ) from None
     if digest(part, algorithm) != expected:
         part.unlink()
         raise ValueError(f"what {url} sent has not the {algorithm} {expected}, and was thrown away")

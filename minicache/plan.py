@@ -1,16 +1,13 @@
-"""What is computed at each step of sampling: one immutable value, its constructors, and the recipe that goes to disk."""
+"""What is computed at each step of sampling: one immutable value, and its constructors."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from minicache.files import replacing
 
 FORECASTS = ("hold", "linear")
 
@@ -59,7 +56,8 @@ def full(steps: int, branch: int = 1) -> CachePlan:
 
 def uniform(steps: int, interval: int, branch: int = 3, forecast: str = "hold") -> CachePlan:
     """1:N caching (DeepCache, Sec. 3.3): a full step, then interval - 1 partial ones, and so on."""
-    _whole("steps", steps), _whole("interval", interval)
+    _whole("steps", steps)
+    _whole("interval", interval)
     return _plan(steps, branch, range(0, steps, interval), forecast)
 
 
@@ -79,7 +77,8 @@ def nonuniform(
     0 <= center <= steps, power >= 1. `power` is lowered by 0.02 at a time until all refreshes are distinct.
     official=True gives the lists of the published code instead, which lets Python take complex roots.
     """
-    _whole("steps", steps), _whole("interval", interval)
+    _whole("steps", steps)
+    _whole("interval", interval)
     if not 0 <= center <= steps:
         raise ValueError(f"center={center} is not in 0..{steps}, the steps")
     if not 1 <= power < math.inf:
@@ -108,7 +107,7 @@ def _official_points(steps: int, count: int, center: float, power: float) -> lis
     return [0, *(int(point + center) for point in points[1:-1])]
 
 
-def _plan(steps: int, branch: int, refresh: Any, forecast: str) -> CachePlan:
+def _plan(steps: int, branch: int, refresh: Iterable[int], forecast: str) -> CachePlan:
     if forecast not in FORECASTS:
         raise ValueError(f"forecast={forecast!r} is none of {', '.join(FORECASTS)}")
     refresh, alpha = tuple(refresh), [0.0] * steps
@@ -123,38 +122,3 @@ def _whole(name: str, value: Any, low: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")
     return int(value)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides a picture but the weights and the seed, as JSON on disk."""
-
-    plan: CachePlan
-    sampler: str = "ddim"
-    spacing: str = "uniform"
-    eta: float = 0.0
-    variance: str | None = None  # None: the checkpoint's own
-    fingerprint: str | None = None  # of the weights it was made for (convert.fingerprint); None: any
-    error: float | None = None  # measured: relative L2 of the final image
-
-    def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
-        """Keyword arguments for `sample` and `denoise`; refused for weights of another fingerprint."""
-        if self.fingerprint is not None and self.fingerprint != fingerprint:
-            raise ValueError(f"the recipe was made for the weights {self.fingerprint}, and these are {fingerprint}")
-        return {name: getattr(self, name) for name in ("sampler", "spacing", "eta", "variance", "plan")}
-
-    def save(self, path: str | Path) -> None:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Recipe:
-        """Raises ValueError where the file is not a recipe."""
-        try:
-            values = json.loads(Path(path).read_text())
-            unknown = set(values) - {field.name for field in fields(cls)}
-            if unknown:
-                raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
-            return cls(**{**values, "plan": CachePlan(**values["plan"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not a recipe: {error}") from None

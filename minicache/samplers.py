@@ -6,8 +6,10 @@ x_t = sqrt(a) x_0 + sqrt(1 - a) eps. Coefficients are float64 numbers; images ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from math import exp, log, sqrt
-from typing import Iterable, Iterator, NamedTuple
+from operator import index
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -138,7 +140,7 @@ def denoise(
 
     device = next(unet.parameters()).device
     size, shape = unet.config.image_size, (unet.config.in_channels, unet.config.image_size, unet.config.image_size)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
+    generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds or ()]
 
     def noise() -> Tensor:
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
@@ -210,5 +212,6 @@ def sample(
             part, x_part = (None if many is None else many[k : k + size] for many in (seeds, x_T))
             for step in denoise(unet, part, x_T=x_part, **settings):
                 bar.update()
-            images.append(step.x)
+                x = step.x
+            images.append(x)
     return torch.cat(images)

@@ -54,6 +54,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(channels, channels)
         self.v = nn.Linear(channels, channels)
         self.proj_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)  # every residual branch starts as zero: scale 1e-10 in Ho et al.
 
     def forward(self, h: Tensor) -> Tensor:
         pixels = rearrange(self.norm(h), "b c h w -> b 1 (h w) c")  # one head
@@ -72,6 +73,7 @@ class ResBlock(nn.Module):
         self.norm2 = norm(c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attn = Attention(c_out) if attention else nn.Identity()
 
@@ -85,18 +87,12 @@ class ResBlock(nn.Module):
 class ConvIn(nn.Conv2d):
     """D[0]: from pixels to features."""
 
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__(c_in, c_out, 3, padding=1)
-
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         return super().forward(x)
 
 
 class Downsample(nn.Conv2d):
-    """Half the resolution. Padded on the right and bottom only, as TensorFlow's SAME does at stride 2."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, stride=2)
+    """Half the resolution, by stride 2; padded on the right and bottom only, as TensorFlow's SAME does."""
 
     def forward(self, h: Tensor, temb: Tensor) -> Tensor:
         return super().forward(F.pad(h, (0, 1, 0, 1)))
@@ -104,9 +100,6 @@ class Downsample(nn.Conv2d):
 
 class Upsample(nn.Conv2d):
     """Twice the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(F.interpolate(h, scale_factor=2.0, mode="nearest"))
@@ -119,7 +112,7 @@ class UpBlock(nn.Module):
         super().__init__()
         self.c_below = c_below
         self.block = ResBlock(c_below + c_skip, c_out, t_width, attention, dropout)
-        self.upsample = Upsample(c_out) if up else nn.Identity()
+        self.upsample = Upsample(c_out, c_out, 3, padding=1) if up else nn.Identity()
 
     def forward(self, h: Tensor, skip: Tensor, temb: Tensor) -> Tensor:
         return self.upsample(self.block(torch.cat([h, skip], dim=1), temb))
@@ -142,24 +135,18 @@ class UNetConfig:
         for name in ("channel_mult", "attention_resolutions"):  # lists from JSON become tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("image_size", "model_channels", "channel_mult", "num_res_blocks", "in_channels"):
-            value = getattr(self, name)
-            sizes = value if isinstance(value, tuple) else (value,)
+            sizes = getattr(self, name) if name == "channel_mult" else (getattr(self, name),)
             if not sizes or any(type(size) is not int or size < 1 for size in sizes):
-                raise ValueError(f"{name}={value!r} must be positive whole numbers")
-        if self.model_channels % GROUPS:
-            raise ValueError(f"model_channels={self.model_channels} must be a multiple of {GROUPS}")
-        if self.image_size % 2 ** (len(self.channel_mult) - 1):
-            raise ValueError(
-                f"image_size={self.image_size} cannot be halved {len(self.channel_mult) - 1} times, "
-                f"as channel_mult={self.channel_mult} asks"
-            )
-        if self.out_channels != self.in_channels:
-            raise ValueError(
-                f"out_channels={self.out_channels} must equal in_channels={self.in_channels}: "
-                "the network predicts eps and no variance"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be positive whole numbers")
+        halvings = len(self.channel_mult) - 1
+        for wrong, why in (
+            (self.model_channels % GROUPS, f"model_channels={self.model_channels} must be a multiple of {GROUPS}"),
+            (self.image_size % 2**halvings, f"image_size={self.image_size} cannot be halved {halvings} times"),
+            (self.out_channels != self.in_channels, f"out_channels={self.out_channels} must equal in_channels"),
+            (not 0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)"),
+        ):
+            if wrong:
+                raise ValueError(why)
 
 
 # The networks of Ho et al.: CIFAR-10 (35.7M parameters), and CelebA-HQ and LSUN at 256x256 (113.7M).
@@ -197,8 +184,10 @@ class UNet(nn.Module):
                 if j > 0:
                     D_i = ResBlock(c, width, t_width, attention, dropout)
                     c = width
+                elif level > 0:
+                    D_i = Downsample(c, c, 3, stride=2)
                 else:
-                    D_i = Downsample(c) if level > 0 else ConvIn(config.in_channels, c)
+                    D_i = ConvIn(config.in_channels, c, 3, padding=1)
                 c_below = below if j == n else width
                 self.D.append(D_i)
                 self.U.append(UpBlock(c_below, c, width, t_width, attention, dropout, up=isinstance(D_i, Downsample)))
@@ -207,13 +196,6 @@ class UNet(nn.Module):
         )
         self.norm_out = norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-
-        # Each residual branch, and the network, starts as zero: the last layers of Ho et al. have scale 1e-10.
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.weight)
-            elif isinstance(module, Attention):
-                nn.init.zeros_(module.proj_out.weight)
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
@@ -221,7 +203,7 @@ class UNet(nn.Module):
         return self.forward_full(x, t, branch=1)[0]
 
     def forward_full(self, x: Tensor, t: int | Tensor, branch: int = 3) -> tuple[Tensor, Tensor]:
-        """The whole network: (eps, cached_U); cached_U is [B, *cached_shape(branch)] at the config's image size."""
+        """The whole network: (eps, cached_U), cached_U [B, *cached_shape(branch, H, W)]."""
         h, temb = self.begin(x, t, branch)
         skips = []
         for D_i in self.D:
@@ -238,8 +220,7 @@ class UNet(nn.Module):
 
     def forward_partial(self, x: Tensor, t: int | Tensor, cached_U: Tensor, branch: int = 3) -> Tensor:
         """Only the `branch` outermost pairs, around cached_U from a full pass at an earlier, noisier step: eps."""
-        h, temb = self.begin(x, t, branch)
-        self.check_cache(x, cached_U, branch)
+        h, temb = self.begin(x, t, branch, cached_U)
         skips = []
         for D_i in self.D[:branch]:
             h = D_i(h, temb)
@@ -249,12 +230,14 @@ class UNet(nn.Module):
             h = U_i(h, skips.pop(), temb)
         return self.end(h, x)
 
-    def begin(self, x: Tensor, t: int | Tensor, branch: int) -> tuple[Tensor, Tensor]:
+    def begin(self, x: Tensor, t: int | Tensor, branch: int, cached_U: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x in the weights' dtype, and temb; or a ValueError that says which argument is wrong."""
         C, multiple = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1)
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(f"x has shape {list(x.shape)}; need [B, {C}, H, W], H and W multiples of {multiple}")
-        self.check_branch(branch)
+        needed = [len(x), *self.cached_shape(branch, *x.shape[2:])]
+        if cached_U is not None and list(cached_U.shape) != needed:
+            raise ValueError(f"cached_U has shape {list(cached_U.shape)}; branch={branch} of this x needs {needed}")
         if isinstance(t, int) and not 0 <= t <= 999:  # a tensor is not looked at: that would wait for the device
             raise ValueError(f"t={t} is not a timestep in 0..999")
         t = torch.as_tensor(t, device=x.device).reshape(-1)
@@ -265,18 +248,9 @@ class UNet(nn.Module):
     def end(self, h: Tensor, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
 
-    def cached_shape(self, branch: int, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, H, W) of cached_U, for images of height x width (default: the config's image_size)."""
-        self.check_branch(branch)
-        level = (branch - 1) // (self.config.num_res_blocks + 1)
-        height, width = height or self.config.image_size, width or self.config.image_size
-        return self.U[branch - 1].c_below, height >> level, width >> level
-
-    def check_branch(self, branch: int) -> None:
+    def cached_shape(self, branch: int, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of cached_U for images of height x width."""
         if not 1 <= branch <= len(self.D):
             raise ValueError(f"branch={branch} is not in 1..{len(self.D)}, the pairs of this network")
-
-    def check_cache(self, x: Tensor, cached_U: Tensor, branch: int) -> None:
-        expected = [x.shape[0], *self.cached_shape(branch, *x.shape[2:])]
-        if list(cached_U.shape) != expected:
-            raise ValueError(f"cached_U has shape {list(cached_U.shape)}; branch {branch} of this x needs {expected}")
+        level = (branch - 1) // (self.config.num_res_blocks + 1)
+        return self.U[branch - 1].c_below, height >> level, width >> level

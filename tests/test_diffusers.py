@@ -18,7 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config", [SMALL, CIFAR10], ids=["small", "cifar10"])
 def test_network(config):
     unet = random_unet(config)
-    theirs = diffusers.UNet2DModel(**{k: v for k, v in config_to_diffusers(config).items() if k != "_class_name"}).eval()
+    theirs = diffusers.UNet2DModel(
+        **{k: v for k, v in config_to_diffusers(config).items() if k != "_class_name"}
+    ).eval()
     state = unet.state_dict()
     theirs.load_state_dict({key: state[ours] for ours, key in DIFFUSERS.keys(unet).items()}, strict=True)
     x = noise(2, 3, config.image_size, config.image_size)

@@ -22,7 +22,9 @@ def test_partial_pass_with_a_cache_of_another_step(official, official_unet, bran
     x, x2 = torch.tensor(official["x"]), torch.tensor(official["x2"])
     _, cached_U = official_unet.forward_full(x, 500, branch)
     assert list(cached_U.shape) == official[f"cached_b{branch}_shape"].tolist()
-    assert relative(official_unet.forward_partial(x2, 490, cached_U, branch), official[f"partial_b{branch}"]) < TOLERANCE
+    assert (
+        relative(official_unet.forward_partial(x2, 490, cached_U, branch), official[f"partial_b{branch}"]) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,12 @@ def test_files(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine.txt").write_text("kept")
     save_folder(tmp_path / "folder", images, [7, 8, 9])
-    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["000007.png", "000008.png", "000009.png", "mine.txt"]
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
+        "000007.png",
+        "000008.png",
+        "000009.png",
+        "mine.txt",
+    ]
     with Image.open(tmp_path / "folder" / "000008.png") as image:
         assert np.array_equal(np.asarray(image), images[1])
     grey = to_uint8(noise(2, 1, 8, 8))

@@ -78,9 +78,18 @@ def test_recipe_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[1, 2]", "{}", '{"plan": 3}', '{"plan": {"steps": 10}}', '{"plan": {"steps": 4, "branch": 3, "refresh": [1]}}',
-     '{"plan": {"steps": 4, "branch": 3, "refresh": [0]}, "extra": 1}', '"text"', "null"],
-)  # fmt: skip
+    [
+        "",
+        "[1, 2]",
+        "{}",
+        '"text"',
+        "null",
+        '{"plan": 3}',
+        '{"plan": {"steps": 10}}',
+        '{"plan": {"steps": 4, "branch": 3, "refresh": [1]}}',
+        '{"plan": {"steps": 4, "branch": 3, "refresh": [0]}, "extra": 1}',
+    ],
+)
 def test_what_is_not_a_recipe_is_refused(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(ValueError, match="is not a recipe"):

@@ -52,7 +52,9 @@ def test_npz_holds_exactly_what_sample_draws(net, tmp_path):
 
 def test_folder_and_gif(net, tmp_path):
     draw(net, "--out", tmp_path / "deep" / "folder")
-    assert [path.name for path in sorted((tmp_path / "deep" / "folder").iterdir())] == [f"00000{k}.png" for k in range(3)]
+    assert [path.name for path in sorted((tmp_path / "deep" / "folder").iterdir())] == [
+        f"00000{k}.png" for k in range(3)
+    ]
     draw(net, "--out", tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as image:
         assert image.n_frames == 6

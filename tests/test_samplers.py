@@ -69,7 +69,7 @@ def test_ddpm_step(t, t_next, variance):
 
 
 def test_dpmpp_2m_is_exact_where_x0_is_constant_or_linear_in_lambda():
-    """x' = sigma'/sigma x + sigma' * integral of exp(lambda) x0(lambda): the solver's own integral, done by quadrature."""
+    """x' = sigma'/sigma x + sigma' * integral of exp(lambda) x0(lambda), done by quadrature."""
     a_last, a, b = 0.1, 0.3, 0.6
     lam = lambda a: 0.5 * math.log(a / (1 - a))  # noqa: E731
     x = torch.tensor([0.7], dtype=torch.float64)
@@ -148,7 +148,9 @@ def test_x_T_and_seeds(unet):
     x_T = noise(2, 3, 16, 16, seed=9)
     assert torch.equal(sample(unet, x_T=x_T, steps=4), sample(unet, [7, 8], x_T=x_T, steps=4))
     own = torch.stack([torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8)])
-    assert torch.equal(sample(unet, [7, 8], sampler="ddpm", steps=4), sample(unet, [7, 8], x_T=own, sampler="ddpm", steps=4))
+    assert torch.equal(
+        sample(unet, [7, 8], sampler="ddpm", steps=4), sample(unet, [7, 8], x_T=own, sampler="ddpm", steps=4)
+    )
     assert sample(unet, x_T=x_T, steps=4, batch_size=1).shape == x_T.shape
 
 

@@ -25,10 +25,13 @@ def quick(monkeypatch):
 def test_it_learns_and_its_checkpoint_samples(tmp_path):
     last = main(out=str(tmp_path), **{**QUICK, "steps": 150, "batch_size": 16, "lr": 3e-3, "ema": 0.9})
     rows = list(csv.reader((tmp_path / "log.csv").read_text().splitlines()))
-    assert rows[0] == ["step", "loss", "loss_noisiest_tenth", "seconds"] and [row[0] for row in rows[1:]] == ["100", "150"]
+    assert rows[0] == ["step", "loss", "loss_noisiest_tenth", "seconds"] and [row[0] for row in rows[1:]] == [
+        "100",
+        "150",
+    ]
     assert float(rows[2][1]) < 0.5 * float(rows[1][1]) < 0.5
     unet = load(last)
-    assert unet.config.image_size == 16 and unet.diffusion.beta_end == 0.012
+    assert unet.config.image_size == 16 and unet.diffusion.beta_end == 0.0075
     assert torch.isfinite(sample(unet, [0], steps=5)).all()
     x0, t, eps = batch(lambda n, g: torch.zeros(n, 3, 16, 16), 32, 1000, 7, 0)
     assert unet.diffusion.loss(unet, x0, t, eps).mean() < 0.5
