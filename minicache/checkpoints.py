@@ -30,87 +30,21 @@ class Entry:
     megabytes: int
     ema: bool  # averaged weights: the ones that draw well
     golden: str | None  # in golden_ddpm_logits.json
-    note: str = ""
+    note: str = ""  # what whoever chooses it should know
 
     def path(self, name: str) -> Path:
         return cache_folder() / f"{name}{Path(self.url.split('?')[0]).suffix or '.ckpt'}"
-
-
-def _hub(repo: str, sha256: str, megabytes: int, ema: bool, revision: str = "main", note: str = "") -> Entry:
-    url = f"https://huggingface.co/google/{repo}/resolve/{revision}/diffusion_pytorch_model.bin"
-    return Entry(url, f"sha256:{sha256}", megabytes, ema, f"google_{repo.replace('-', '_')}", note)
-
-
-def _heibox(file: str, md5: str, megabytes: int, ema: bool, golden: str | None, note: str = "") -> Entry:
-    """P. Esser's conversions of Ho et al.'s files: github.com/pesser/pytorch_diffusion."""
-    return Entry(f"https://heibox.uni-heidelberg.de/f/{file}/?dl=1", f"md5:{md5}", megabytes, ema, golden, note)
-
-
-EMBEDDED = ("tiny", "tiny_cifar10")
-REGISTRY = {
-    "ddpm_cifar10": _hub(
-        "ddpm-cifar10-32",
-        "ac3416a548879738893e935b42cab9119f51745b62bec4b6d8375e4d86e98ea4",
-        143,
-        ema=False,
-        revision="267b167dc01f0e4e61923ea244e8b988f84deb80",
-        note="not averaged: FID 12 (as published); ddpm_cifar10_ema has FID 3.2",
-    ),
-    "ddpm_cifar10_ema": _heibox(
-        "2e4f01e2d9ee49bab1d5",
-        "1fa350b952534ae442b1d5235cce5cd3",
-        143,
-        ema=True,
-        golden=None,
-        note="FID 3.2 (as published)",
-    ),
-    "ddpm_celebahq_256": _hub(
-        "ddpm-celebahq-256",
-        "efff89712093ad060ce99d9b461bbe542b49d8dd4ce30f23fe5761dca292361d",
-        455,
-        ema=False,
-        revision="cd5c944777ea2668051904ead6cc120739b86c4d",
-    ),
-    "ddpm_celebahq_256_ema": _hub(
-        "ddpm-ema-celebahq-256", "3ec1b462abd49605d4f7cddfe453626e9aea1edc8c2449450a1c054efb863abf", 455, ema=True
-    ),
-    "ddpm_church_256": _hub(
-        "ddpm-church-256", "3111c176c9848d8d9b91d6fb8e2aa2945c220845aced8f47efb44f9deadd412c", 455, ema=False
-    ),
-    "ddpm_church_256_ema": _hub(
-        "ddpm-ema-church-256",
-        "0825f31de9d51f6b94f8080233432e77ee5aa9a185b7172a1fd9863916444847",
-        455,
-        ema=True,
-        revision="adb3310e276abf2c09ef3e2bb8b1946b47b1468d",
-    ),
-    "ddpm_bedroom_256": _hub(
-        "ddpm-bedroom-256",
-        "d0c4c246baad16eb12629b6a4d458fecf210483b76796e6fa9cd1756b217966a",
-        455,
-        ema=False,
-        revision="d6ccd889ac8a4c072ae35e63fed664718cdaa060",
-    ),
-    "ddpm_bedroom_256_ema": _hub(
-        "ddpm-ema-bedroom-256",
-        "73d137f32e27a033b1fbf2684e007aceef4bf458d897354f325349985662fd78",
-        455,
-        ema=True,
-        revision="df329a8d5319a212e813ba83427e4af56760c35f",
-    ),
-    "ddpm_cat_256": _heibox(
-        "fac870bd988348eab88e", "bbee0e7c3d7abfb6e2539eaf2fb9987b", 455, ema=False, golden="google_ddpm_cat_256"
-    ),
-    "ddpm_cat_256_ema": _heibox(
-        "0701aac3aa69457bbe34", "646f23f4821f2459b8bafc57fd824558", 455, ema=True, golden="google_ddpm_ema_cat_256"
-    ),
-}
 
 
 def embedded_folder() -> Path:
     """weights/ of the checkout, or of the installed wheel."""
     installed = Path(__file__).parent / "weights"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "weights"
+
+
+EMBEDDED = ("tiny", "tiny_cifar10")
+# Google's files on the hub where those are the ones wanted, else P. Esser's conversions (pesser/pytorch_diffusion).
+REGISTRY = {name: Entry(**row) for name, row in json.loads((embedded_folder() / "registry.json").read_text()).items()}
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -146,13 +80,14 @@ def load(
 
 
 def listing() -> str:
-    rows = [("name", "MB", "EMA", "on disk", "from")]
+    """A table of all names, for a person to choose from."""
+    rows = [("name", "MB", "EMA", "on disk", "note", "from")]
     for name in EMBEDDED:
         size = (embedded_folder() / f"{name}.pt").stat().st_size
-        rows.append((name, f"{size / 1e6:.1f}", "yes", "yes", "weights/ (trained by train_tiny.py)"))
+        rows.append((name, f"{size / 1e6:.1f}", "yes", "yes", "embedded; see weights/README.md", "train_tiny.py"))
     for name, entry in REGISTRY.items():
         here = "yes" if entry.path(name).exists() else "no"
-        rows.append((name, str(entry.megabytes), "yes" if entry.ema else "NO", here, f"{entry.url}  {entry.note}"))
+        rows.append((name, str(entry.megabytes), "yes" if entry.ema else "NO", here, entry.note, entry.url))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 

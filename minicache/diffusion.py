@@ -37,18 +37,20 @@ class Diffusion:
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Noise x0 [B, C, H, W] to t [B] with eps (Ho et al., Eq. 4): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
-        a = self.coefficient(t, x0)
-        return a.sqrt() * x0 + (1 - a).sqrt() * eps
+        signal, noise = self.scales(t, x0)
+        return signal * x0 + noise * eps
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Eq. 4 solved for x_0: (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
-        a = self.coefficient(t, x_t)
-        return (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+        signal, noise = self.scales(t, x_t)
+        return (x_t - noise * eps) / signal
 
     def loss(self, unet: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """L_simple (Eq. 14) of each image, [B]: the mean over pixels of (eps - unet(x_t, t))**2."""
         return (eps - unet(self.q_sample(x0, t, eps), t)).square().flatten(1).mean(1)
 
-    def coefficient(self, t: Tensor, x: Tensor) -> Tensor:
-        """alphas_bar[t], shaped and typed to multiply x."""
-        return self.alphas_bar.to(x.device)[t].to(x.dtype).reshape(-1, 1, 1, 1)
+    def scales(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar) at t, rounded to x's dtype at the very end, shaped to multiply x."""
+        squares = (self.alphas_bar, 1 - self.alphas_bar)
+        signal, noise = (square.sqrt().to(x.dtype).to(x.device)[t].reshape(-1, 1, 1, 1) for square in squares)
+        return signal, noise

@@ -1,0 +1,45 @@
+import pytest
+import torch
+from conftest import noise
+
+from minicache import Diffusion
+
+
+def test_alphas_bar_are_those_of_ho_et_al():
+    abar = Diffusion().alphas_bar
+    assert abar.dtype == torch.float64 and len(abar) == 1000
+    for t, published in ((0, 0.9999), (1, 0.9997800921), (499, 0.0785872429), (999, 4.03582977e-5)):
+        assert abar[t].item() == pytest.approx(published, rel=1e-8)
+
+
+def test_forward_process_and_back():
+    diffusion, t = Diffusion(), torch.tensor([0, 499, 999])
+    x0, eps = noise(3, 3, 4, 4), noise(3, 3, 4, 4, seed=1)
+    x_t = diffusion.q_sample(x0, t, eps)
+    assert torch.allclose(x_t[1], 0.0785872429**0.5 * x0[1] + (1 - 0.0785872429) ** 0.5 * eps[1], atol=1e-6)
+    assert torch.allclose(diffusion.predict_x0(x_t, t, eps), x0, atol=1e-4)
+    assert x_t.dtype == torch.float32
+
+
+def test_loss_is_the_mean_square_of_each_image():
+    diffusion, t = Diffusion(), torch.tensor([10, 900])
+    x0, eps = noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1)
+    assert torch.equal(diffusion.loss(lambda x, t: eps, x0, t, eps), torch.zeros(2))
+    assert torch.allclose(diffusion.loss(lambda x, t: eps + torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1), x0, t, eps),
+                          torch.tensor([1.0, 9.0]), atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_timesteps": 0}, "num_timesteps=0"),
+        ({"num_timesteps": 4000}, "num_timesteps=4000"),
+        ({"beta_start": 0.0}, "beta_start"),
+        ({"beta_end": 1.0}, "beta_end"),
+        ({"beta_start": 0.03}, "beta_start"),
+        ({"variance": "learned"}, "variance='learned'"),
+    ],
+)
+def test_wrong_diffusions(change, words):
+    with pytest.raises(ValueError, match=words):
+        Diffusion(**change)
