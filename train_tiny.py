@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from tqdm import tqdm
 
 from minicache.checkpoints import load
 from minicache.cli import Parser, choose_device, run
-from minicache.convert import save
+from minicache.convert import read_file, save
 from minicache.data import Source, source
 from minicache.diffusion import Diffusion
 from minicache.images import beside, enlargement, grid, save_png, to_uint8
@@ -87,41 +90,55 @@ def main(
     print(f"{parameters:,} parameters, {precision}, {device}, {torch.get_num_threads()} threads", flush=True)
     print(f"steps {start}..{steps}, into {folder}", flush=True)
 
-    def checkpoint(step: int) -> None:
-        save(last, average, training={"step": step, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()})
-
-    began, losses, noisy_losses, done = time.time(), [], [], start
-    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)
-    try:
-        for step in bar:
+    began, losses, noisy_losses = time.time(), [], []
+    with interruptions() as interrupted:
+        for step in (bar := tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             x0, t, eps = batch(draw, batch_size, unet.diffusion.num_timesteps, seed, step)
             with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
                 each = unet.diffusion.loss(unet, x0.to(device), t.to(device), eps.to(device))
-            loss = each.mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            each.mean().backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimizer.step()
             update_average(average, unet, min(ema, (1 + step) / (10 + step)))
-            done = step + 1
-            losses.append(loss.item())
-            noisy_losses.append(each[t >= 0.9 * unet.diffusion.num_timesteps].mean().item())
-            if done % 100 == 0 or done == steps:
-                row = [done, sum(losses) / len(losses), sum(noisy_losses) / len(noisy_losses), time.time() - began]
+
+            done, each = step + 1, each.detach().cpu()
+            losses.append(each.mean().item())
+            noisy_losses += each[t >= 0.9 * unet.diffusion.num_timesteps].tolist()
+            last_one = done == steps or interrupted
+            if done % 100 == 0 or last_one:
+                loss, noisy_loss = fmean(losses), fmean(noisy_losses) if noisy_losses else math.nan
+                bar.set_postfix_str(f"loss {loss:.4f}, in the noisiest tenth {noisy_loss:.6f}")
+                log(folder / "log.csv", done, loss, noisy_loss, time.time() - began)
                 losses, noisy_losses = [], []
-                bar.set_postfix_str(f"loss {row[1]:.4f}, in the noisiest tenth {row[2]:.6f}")
-                log(folder / "log.csv", row)
-            if done % save_every == 0 or done == steps:
-                checkpoint(done)
-            if done % preview_every == 0 or done == steps:
+            if done % save_every == 0 or last_one:
+                state = {"step": done, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
+                save(last, average, training=state)
+            if interrupted:
+                print(f"stopped after step {done}; --resume goes on from {last}", file=sys.stderr)
+                raise KeyboardInterrupt
+            if done % preview_every == 0 or last_one:
                 preview(average, folder / f"preview_{done:06d}.png")
-    except KeyboardInterrupt:
-        checkpoint(done)
-        print(f"stopped at step {done}; --resume goes on from {last}", file=sys.stderr)
-        raise
     return last
+
+
+@contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """A list that Ctrl-C fills, so that a step is never cut in two; the second Ctrl-C is an ordinary one."""
+    interrupted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def batch(draw: Source, size: int, num_timesteps: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +160,9 @@ def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimi
     """Put everything back as the checkpoint has it; the number of steps done."""
     if not last.exists():
         raise ValueError(f"nothing to resume: there is no {last}")
-    content = torch.load(last, map_location="cpu", weights_only=True)
+    content = read_file(last)
+    if "training" not in content:
+        raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
     if content["config"] != unet.config.__dict__ or content["diffusion"] != unet.diffusion.__dict__:
         raise ValueError(f"{last} was trained with {content['config']}, {content['diffusion']}; use the same flags")
     average.load_state_dict(content["state_dict"])
@@ -175,14 +194,12 @@ def preview(unet: UNet, path: Path) -> None:
     save_png(path, beside(*grids), enlargement(unet.config.image_size))
 
 
-def log(path: Path, row: list[float]) -> None:
-    new = not path.exists()
+def log(path: Path, step: int, *values: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["step", "loss", "loss_noisiest_tenth", "seconds"])
-        writer.writerow([row[0], *(f"{value:.6g}" for value in row[1:])])
+    with open(path, "a") as file:
+        if file.tell() == 0:
+            file.write("step,loss,loss_noisiest_tenth,seconds\n")
+        file.write(",".join([str(step), *(f"{value:.6g}" for value in values)]) + "\n")
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

@@ -1,12 +1,15 @@
 """Training learns, is reproducible, and goes on after an interruption as if nothing had happened."""
 
 import csv
+import os
+import signal
 
 import pytest
 import torch
 
 import train_tiny
 from minicache import load, sample
+from minicache.convert import save
 from train_tiny import batch, faster_in_bf16, main, parse
 
 QUICK = {
@@ -46,8 +49,8 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     whole = weights(main(out=str(tmp_path / "whole"), **QUICK))
 
     def interrupted(*args):
-        if args[-1] == 3:
-            raise KeyboardInterrupt
+        if args[-1] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
         return batch(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -75,6 +78,9 @@ def test_what_is_refused(tmp_path):
         main(out=str(tmp_path), **QUICK)
     with pytest.raises(ValueError, match="use the same flags"):
         main(out=str(tmp_path), resume=True, **{**QUICK, "channel_mult": (1, 1)})
+    save(tmp_path / "last.pt", load(tmp_path / "last.pt"))
+    with pytest.raises(ValueError, match="weights alone"):
+        main(out=str(tmp_path), resume=True, **QUICK)
     with pytest.raises(ValueError, match="neither shapes"):
         main(data="nowhere", out=str(tmp_path / "other"), **QUICK)
     with pytest.raises(ValueError, match="steps=0"):
@@ -95,3 +101,10 @@ def test_flags_are_the_parameters_of_main():
 
 def test_bf16_is_chosen_by_measuring():
     assert faster_in_bf16(torch.device("cpu")) in (True, False)
+
+
+def test_init_begins_with_given_weights(tmp_path):
+    first = main(out=str(tmp_path / "a"), **QUICK)
+    second = main(out=str(tmp_path / "b"), init=str(first), **{**QUICK, "image_size": 32, "steps": 1, "lr": 1e-12})
+    a, b = weights(first), weights(second)
+    assert load(second).config.image_size == 16 and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
