@@ -35,22 +35,14 @@ FRAMES = 50  # of an animation, at most
 
 def main(args: argparse.Namespace) -> None:
     out, device = prepare_out(args.out), choose_device(args.device)
-    if args.num < 1 or args.batch_size < 1 or args.seed < 0:
-        raise ValueError("--num and --batch-size must be at least 1, --seed at least 0; not "
-                         f"{args.num}, {args.batch_size}, {args.seed}")  # fmt: skip
+    for name, least in (("num", 1), ("batch_size", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(args, name)} must be at least {least}")
     seeds = range(args.seed, args.seed + args.num)
-    recipe = Recipe.load(args.plan) if args.plan else None
-    if recipe is None:
-        plan = plan_from(args)
-    else:
-        refuse_contradictions(args, recipe)
+    recipe = recipe_from(args)
     unet = load(args.ckpt, device=device, dtype=getattr(torch, args.dtype))
-    if recipe is None:
-        settings = {"sampler": args.sampler or "ddim", "spacing": args.spacing or "uniform",
-                    "eta": args.eta or 0.0, "variance": args.variance, "plan": plan}  # fmt: skip
-    else:
-        settings = recipe.settings(unet.fingerprint)
-    settings["clip_x0"] = args.clip
+    settings = {**recipe.settings(unet.fingerprint), "clip_x0": args.clip}
     describe(args, unet, settings)
 
     plan, film = settings["plan"], out.suffix == ".gif"
@@ -61,13 +53,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
     if args.compare:
         frames_full, seconds_full = draw(unet, seeds, args.batch_size, uncached, film)
-        compare(
-            frames[-1],
-            frames_full[-1],
-            seconds,
-            seconds_full,
-            plan_macs(unet, uncached["plan"]) / plan_macs(unet, plan),
-        )
+        predicted = plan_macs(unet, uncached["plan"]) / plan_macs(unet, plan)
+        compare(frames[-1], frames_full[-1], seconds, seconds_full, predicted)
     write(out, frames, frames_full if args.compare else None, seeds)
     print(out if not args.compare or out.suffix not in (".png", ".gif") else f"{out} (left: uncached, right: as above)")
 
@@ -87,27 +74,27 @@ def prepare_out(name: str) -> Path:
     return out
 
 
-def plan_from(args: argparse.Namespace) -> CachePlan:
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """What the flags say; or the --plan file, which they may repeat but not contradict."""
+    if args.plan:
+        recipe = Recipe.load(args.plan)
+        fixed = {**recipe.settings(recipe.fingerprint), "steps": recipe.plan.steps, "branch": recipe.plan.branch}
+        for name in ("sampler", "steps", "spacing", "eta", "variance", "branch"):
+            if getattr(args, name) not in (None, fixed[name]):
+                raise ValueError(f"--{name} {getattr(args, name)} contradicts {args.plan}, which has {fixed[name]}")
+        for name in ("interval", "center", "power", "forecast"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} contradicts {args.plan}, which says itself which steps run in full")
+        return recipe
     steps = 100 if args.steps is None else args.steps
     interval = 5 if args.interval is None else args.interval
-    rest = {"branch": 3 if args.branch is None else args.branch, "forecast": args.forecast or "hold"}
+    branch, forecast = 3 if args.branch is None else args.branch, args.forecast or "hold"
     if args.center is None and args.power is None:
-        return uniform(steps, interval, **rest)
-    center = steps / 2 if args.center is None else args.center
-    return nonuniform(steps, interval, center, 1.2 if args.power is None else args.power, **rest)
-
-
-def refuse_contradictions(args: argparse.Namespace, recipe: Recipe) -> None:
-    fixed = {"sampler": recipe.sampler, "steps": recipe.plan.steps, "spacing": recipe.spacing, "eta": recipe.eta,
-             "variance": recipe.variance, "branch": recipe.plan.branch}  # fmt: skip
-    for name, value in fixed.items():
-        if getattr(args, name) not in (None, value):
-            raise ValueError(f"--{name} {getattr(args, name)} contradicts {args.plan}, which has {value}")
-    for name in ("interval", "center", "power", "forecast"):
-        if getattr(args, name) is not None:
-            raise ValueError(
-                f"--{name} contradicts {args.plan}, which says itself what runs in full and how to forecast"
-            )
+        plan = uniform(steps, interval, branch, forecast)
+    else:
+        center, power = (steps / 2 if args.center is None else args.center), args.power
+        plan = nonuniform(steps, interval, center, 1.2 if power is None else power, branch, forecast)
+    return Recipe(plan, args.sampler or "ddim", args.spacing or "uniform", args.eta or 0.0, args.variance)
 
 
 def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Train a small U-Net to draw: on procedural shapes (no download), on CIFAR-10, or on a folder or zip of images.
 
 examples:
-  python train_tiny.py                                        # shapes, into runs/shapes; an hour or two on 2 cores
+  python train_tiny.py                                        # shapes, into runs/shapes; half an hour on 2 cores
   python train_tiny.py --data cifar10 --steps 50000           # downloads CIFAR-10 once
-  python train_tiny.py --data my_photos.zip --image-size 64 --model-channels 64 --device cuda
+  python train_tiny.py --data my_photos.zip --image-size 64 --channel-mult 1,2,2,2 --device cuda
   python train_tiny.py --resume                               # go on where an interrupted run stopped
   python sample.py --ckpt runs/shapes/last.pt                 # look at what it draws, also while it trains
 """
@@ -41,15 +41,15 @@ def main(
     data: str = "shapes",
     out: str | None = None,
     image_size: int = 32,
-    model_channels: int = 32,
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+    model_channels: int = 64,
+    channel_mult: tuple[int, ...] = (1, 1, 1, 1),
     attention_resolutions: tuple[int, ...] = (8,),
     dropout: float = 0.0,
     beta_end: float = 0.0075,
-    steps: int = 12000,
+    steps: int = 5000,
     batch_size: int = 32,
     lr: float = 1e-3,
-    ema: float = 0.9995,
+    ema: float = 0.999,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -216,15 +216,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from <out>/last.pt")
     for name, kind, default, text in (
         ("image-size", int, 32, "pixels a side"),
-        ("model-channels", int, 32, "width of the first level, a multiple of 32"),
-        ("channel-mult", whole_numbers, (1, 2, 2, 2), "width of each level, in model-channels"),
+        ("model-channels", int, 64, "width of the first level, a multiple of 32; 64 at least, to get colours right"),
+        ("channel-mult", whole_numbers, (1, 1, 1, 1), "width of each level, in model-channels"),
         ("attention-resolutions", whole_numbers, (8,), "sides at which blocks attend"),
         ("dropout", float, 0.0, ""),
         ("beta-end", float, 0.0075, "the schedule's last beta; Ho et al. have 0.02 (see weights/README.md)"),
-        ("steps", int, 12000, "training steps"),
+        ("steps", int, 5000, "training steps"),
         ("batch-size", int, 32, ""),
         ("lr", float, 1e-3, "peak learning rate; decays to 0 along a cosine"),
-        ("ema", float, 0.9995, "decay of the averaged weights"),
+        ("ema", float, 0.999, "decay of the averaged weights"),
         ("seed", int, 0, ""),
         ("device", str, "auto", "cpu, cuda, mps; auto: cuda where there is one"),
         ("preview-every", int, 2000, "steps between sample grids"),

@@ -13,9 +13,16 @@ from minicache.convert import save
 from train_tiny import batch, faster_in_bf16, main, parse
 
 QUICK = {
-    "image_size": 16, "channel_mult": (1,), "attention_resolutions": (), "batch_size": 8, "dtype": "float32",
-    "preview_every": 100, "save_every": 100, "steps": 6,
-}  # fmt: skip
+    "image_size": 16,
+    "model_channels": 32,
+    "channel_mult": (1,),
+    "attention_resolutions": (),
+    "batch_size": 8,
+    "dtype": "float32",
+    "preview_every": 100,
+    "save_every": 100,
+    "steps": 6,
+}
 
 
 @pytest.fixture(autouse=True)
