@@ -50,6 +50,7 @@ def main(
     batch_size: int = 32,
     lr: float = 1e-3,
     ema: float = 0.999,
+    jitter: float = 0.05,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -63,8 +64,8 @@ def main(
                         "save_every": save_every}.items():  # fmt: skip
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if not (lr > 0 and 0 <= ema < 1):
-        raise ValueError(f"need lr > 0 and 0 <= ema < 1, not {lr} and {ema}")
+    if not (lr > 0 and 0 <= ema < 1 and 0 <= jitter < 1):
+        raise ValueError(f"need lr > 0, 0 <= ema < 1 and 0 <= jitter < 1, not {lr}, {ema} and {jitter}")
     device = choose_device(device)
     folder = Path(out or f"runs/{Path(data).stem}")
     last = folder / "last.pt"
@@ -95,7 +96,7 @@ def main(
         for step in (bar := tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            x0, t, eps = batch(draw, batch_size, unet.diffusion.num_timesteps, seed, step)
+            x0, t, eps = batch(draw, batch_size, unet.diffusion.num_timesteps, jitter, seed, step)
             with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
                 each = unet.diffusion.loss(unet, x0.to(device), t.to(device), eps.to(device))
             optimizer.zero_grad(set_to_none=True)
@@ -141,13 +142,20 @@ def interruptions() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def batch(draw: Source, size: int, num_timesteps: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(x0, t, eps) of a step, a function of the seed and the step alone. t is spread evenly over 0..T-1 (one random
-    timestep from each of `size` equal parts), so that no step of the optimizer goes without the noisiest ones."""
+def batch(
+    draw: Source, size: int, num_timesteps: int, jitter: float, seed: int, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x0, t, eps) of a step, a function of the seed and the step alone.
+
+    t: one random timestep from each of `size` equal parts of 0..T-1, so that no step goes without the noisiest ones.
+    eps: each image's is scaled by 1 + jitter * N(0, 1). The norm of plain noise varies by 1% alone, too little for a
+    network full of normalisations to notice soon; what it does not see of it stays in the picture as grain.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     x0 = draw(size, generator)
     t = ((torch.arange(size) + torch.rand(size, generator=generator)) * num_timesteps / size).long()
-    return x0, t.clamp(max=num_timesteps - 1), torch.randn(x0.shape, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator) * (1 + jitter * torch.randn(size, 1, 1, 1, generator=generator))
+    return x0, t.clamp(max=num_timesteps - 1), eps
 
 
 @torch.no_grad()
@@ -225,6 +233,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("batch-size", int, 32, ""),
         ("lr", float, 1e-3, "peak learning rate; decays to 0 along a cosine"),
         ("ema", float, 0.999, "decay of the averaged weights"),
+        ("jitter", float, 0.05, "spread of the noise's amplitude, from image to image"),
         ("seed", int, 0, ""),
         ("device", str, "auto", "cpu, cuda, mps; auto: cuda where there is one"),
         ("preview-every", int, 2000, "steps between sample grids"),

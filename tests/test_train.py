@@ -43,7 +43,7 @@ def test_it_learns_and_its_checkpoint_samples(tmp_path):
     unet = load(last)
     assert unet.config.image_size == 16 and unet.diffusion.beta_end == 0.0075
     assert torch.isfinite(sample(unet, [0], steps=5)).all()
-    x0, t, eps = batch(lambda n, g: torch.zeros(n, 3, 16, 16), 32, 1000, 7, 0)
+    x0, t, eps = batch(lambda n, g: torch.zeros(n, 3, 16, 16), 32, 1000, 0.0, 7, 0)
     assert unet.diffusion.loss(unet, x0, t, eps).mean() < 0.5
     assert (tmp_path / "preview_000150.png").exists()
 
@@ -72,9 +72,11 @@ def test_a_batch_depends_on_seed_and_step_alone():
     def draw(n, generator):
         return torch.rand(n, 3, 4, 4, generator=generator)
 
-    first, again, other = batch(draw, 8, 1000, 0, 5), batch(draw, 8, 1000, 0, 5), batch(draw, 8, 1000, 0, 6)
+    first, again, other = (batch(draw, 8, 1000, 0.05, 0, step) for step in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
     assert [int(t) // 125 for t in first[1]] == list(range(8))
+    amplitudes = batch(lambda n, g: torch.zeros(n, 3, 32, 32), 500, 1000, 0.05, 0, 0)[2].flatten(1).std(dim=1)
+    assert 0.04 < amplitudes.std() < 0.06 and abs(amplitudes.mean() - 1) < 0.01
 
 
 def test_what_is_refused(tmp_path):
