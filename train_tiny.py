@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -34,6 +35,7 @@ from minicache.images import beside, enlargement, grid, save_png, to_uint8
 from minicache.samplers import sample
 from minicache.unet import UNet, UNetConfig
 
+BETA_END = 0.0075  # less noisy at the end than Ho et al.'s 0.02: weights/README.md says why
 WARMUP = 500  # steps until the learning rate is at its peak
 
 
@@ -45,7 +47,7 @@ def main(
     channel_mult: tuple[int, ...] = (1, 1, 1, 1),
     attention_resolutions: tuple[int, ...] = (8,),
     dropout: float = 0.0,
-    beta_end: float = 0.0075,
+    beta_end: float | None = None,
     steps: int = 5000,
     batch_size: int = 32,
     lr: float = 1e-3,
@@ -82,11 +84,14 @@ def main(
         )
     unet = unet.to(device)
     draw = source(data, unet.config.image_size)
-    unet.diffusion = Diffusion(beta_end=beta_end)
+    if beta_end is not None or not init:
+        unet.diffusion = Diffusion(beta_end=BETA_END if beta_end is None else beta_end)
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    start = restore(last, unet, average, optimizer) if resume else 0
+    arguments = {"data": data, "batch_size": batch_size, "lr": lr, "ema": ema, "jitter": jitter, "seed": seed}
+    start = restore(last, unet, average, optimizer, arguments) if resume else 0
     low_precision = faster_in_bf16(device) if dtype == "auto" else dtype == "bfloat16"
+    folder.mkdir(parents=True, exist_ok=True)
     parameters, precision = sum(p.numel() for p in unet.parameters()), "bf16" if low_precision else "float32"
     print(f"{parameters:,} parameters, {precision}, {device}, {torch.get_num_threads()} threads", flush=True)
     print(f"steps {start}..{steps}, into {folder}", flush=True)
@@ -96,6 +101,7 @@ def main(
         for step in (bar := tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            torch.manual_seed(seed * 1_000_003 + step)  # for dropout, so that a resumed run has the same
             x0, t, eps = batch(draw, batch_size, unet.diffusion.num_timesteps, jitter, seed, step)
             with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
                 each = unet.diffusion.loss(unet, x0.to(device), t.to(device), eps.to(device))
@@ -107,6 +113,10 @@ def main(
 
             done, each = step + 1, each.detach().cpu()
             losses.append(each.mean().item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(
+                    f"the loss of step {done} is {losses[-1]}; {last} is as it was: lower --lr, and --resume"
+                )
             noisy_losses += each[t >= 0.9 * unet.diffusion.num_timesteps].tolist()
             last_one = done == steps or interrupted
             if done % 100 == 0 or last_one:
@@ -116,7 +126,7 @@ def main(
                 losses, noisy_losses = [], []
             if done % save_every == 0 or last_one:
                 state = {"step": done, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
-                save(last, average, training=state)
+                save(last, average, training={**state, "arguments": arguments})
             if interrupted:
                 print(f"stopped after step {done}; --resume goes on from {last}", file=sys.stderr)
                 raise KeyboardInterrupt
@@ -164,15 +174,18 @@ def update_average(average: UNet, unet: UNet, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
 
 
-def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimizer) -> int:
-    """Put everything back as the checkpoint has it; the number of steps done."""
+def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimizer, arguments: dict) -> int:
+    """Put everything back as the checkpoint has it; the number of steps done. Only steps and lr may be others."""
     if not last.exists():
         raise ValueError(f"nothing to resume: there is no {last}")
     content = read_file(last)
     if "training" not in content:
         raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
-    if content["config"] != unet.config.__dict__ or content["diffusion"] != unet.diffusion.__dict__:
-        raise ValueError(f"{last} was trained with {content['config']}, {content['diffusion']}; use the same flags")
+    here = {**asdict(unet.config), **asdict(unet.diffusion), **arguments, "lr": None}
+    there = {**content["config"], **content["diffusion"], **content["training"]["arguments"], "lr": None}
+    for name, value in there.items():
+        if here.get(name) != value:
+            raise ValueError(f"{last} was trained with {name}={value!r}, not {here.get(name)!r}: use the same flags")
     average.load_state_dict(content["state_dict"])
     unet.load_state_dict(content["training"]["unet"])
     optimizer.load_state_dict(content["training"]["optimizer"])
@@ -203,7 +216,6 @@ def preview(unet: UNet, path: Path) -> None:
 
 
 def log(path: Path, step: int, *values: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         if file.tell() == 0:
             file.write("step,loss,loss_noisiest_tenth,seconds\n")
@@ -228,7 +240,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("channel-mult", whole_numbers, (1, 1, 1, 1), "width of each level, in model-channels"),
         ("attention-resolutions", whole_numbers, (8,), "sides at which blocks attend"),
         ("dropout", float, 0.0, ""),
-        ("beta-end", float, 0.0075, "the schedule's last beta; Ho et al. have 0.02 (see weights/README.md)"),
         ("steps", int, 5000, "training steps"),
         ("batch-size", int, 32, ""),
         ("lr", float, 1e-3, "peak learning rate; decays to 0 along a cosine"),
@@ -241,6 +252,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         add(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})".strip())
+    add(
+        "--beta-end",
+        type=float,
+        help=f"the schedule's last beta; Ho et al. have 0.02 (default: {BETA_END}, or --init's)",
+    )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
     return parser.parse_args(argv)
 

@@ -42,6 +42,10 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(
+            error
+        ):  # torch's way to say that there is too little
+            raise
+        print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

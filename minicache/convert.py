@@ -6,6 +6,7 @@ or not finite, and a configuration that this network cannot honour is refused by
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -46,9 +47,12 @@ def read(
         path = find_weights(path)
     content = read_file(path, ema)
     if "state_dict" in content and "config" in content:
-        config, diffusion = own_settings(path, content)
+        own, diffusion = own_settings(path, content)
+        if config not in (None, own):
+            raise ValueError(f"{path} has its own config, {own}, which is not the one given, {config}")
+        config = own
         return build(path, config, diffusion, content["state_dict"])
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         kinds = sorted({type(value).__name__ for value in content.values()})
         raise ValueError(f"{path} is not a state dict: it holds {', '.join(kinds) or 'nothing'}")
     if any(key.startswith("module.") for key in content):
@@ -58,8 +62,11 @@ def read(
     if any(key.startswith("down_blocks.") for key in content):
         dialect, folder = DIFFUSERS, path.parent
         content = {new_attention(key): value for key, value in content.items()}
-        if config is None and (folder / "config.json").exists():
-            config = config_from_diffusers(folder / "config.json")
+        if (folder / "config.json").exists():
+            own = config_from_diffusers(folder / "config.json")
+            if config not in (None, own):
+                raise ValueError(f"{folder / 'config.json'} gives {own}, which is not the config given, {config}")
+            config = own
         for scheduler in (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json"):
             if diffusion is None and scheduler.exists():
                 diffusion = diffusion_from_diffusers(scheduler)
@@ -97,33 +104,34 @@ def read_file(path: Path, ema: bool = True) -> dict[str, Any]:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as variables:
-                return from_tensorflow(dict(variables), ema)
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (ValueError, MemoryError):
-        raise
+                content = dict(variables)
+        elif path.suffix == ".safetensors":
+            content = _read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, MemoryError) as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # what a damaged file makes torch and zipfile raise has many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}"
         raise ValueError(message) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a state dict: it holds a {type(content).__name__}")
-    return content
+    return from_tensorflow(content, ema) if path.suffix == ".npz" else content
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise ValueError(f"{path}: reading .safetensors needs the package: pip install safetensors") from None
+        raise ImportError("reading .safetensors needs the package: pip install safetensors") from None
     return load_file(path)
 
 
 def own_settings(path: Path, content: dict[str, Any]) -> tuple[UNetConfig, Diffusion]:
     try:
         return UNetConfig(**content["config"]), Diffusion(**content["diffusion"])
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this version of minicache: {error}") from None
 
 
@@ -146,6 +154,8 @@ def build(
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{path} {problem} tensor {names[0]}{more}")
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {keys.get(name, name)} is no tensor but a {type(tensor).__name__}")
         if tensor.shape != needed[name].shape:
             shapes = f"{list(tensor.shape)}; the network needs {list(needed[name].shape)}"
             raise ValueError(f"{path}: tensor {keys.get(name, name)} has shape {shapes}")
@@ -178,8 +188,10 @@ def save(path: str | Path, unet: UNet, half: bool = False, training: dict[str, A
     content = {"config": asdict(unet.config), "diffusion": asdict(unet.diffusion), "state_dict": state}
     if training is not None:
         content["training"] = training
+    buffer = io.BytesIO()  # torch reports a full disk as an internal error; writing bytes reports it as what it is
+    torch.save(content, buffer)
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def save_diffusers(folder: str | Path, unet: UNet) -> None:
@@ -221,8 +233,11 @@ def main(argv: list[str] | None = None) -> None:
     unet = read(locate(args.src), image_size=args.image_size, ema=not args.raw)
     if args.to == "diffusers":
         save_diffusers(args.dst, unet)
+    elif args.dst.suffix in (".safetensors", ".npz", ".bin"):
+        raise ValueError(f"{args.dst}: that ending belongs to another format; ours is .pt")
     else:
         save(args.dst, unet, args.half)
+        unet = read(args.dst)  # half precision has another fingerprint
     parameters = sum(p.numel() for p in unet.parameters())
     print(f"{args.dst}: {parameters:,} parameters, {unet.config}, {unet.diffusion}, fingerprint {unet.fingerprint}")
 

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from minicache.checkpoints import REGISTRY, load
 from minicache.cli import Parser, run
-from minicache.plan import CachePlan, uniform
+from minicache.plan import FORECASTS, CachePlan, uniform
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
 
 
@@ -79,10 +80,10 @@ def plan_macs(unet: UNet, plan: CachePlan) -> int:
 
 
 def cache_bytes(unet: UNet, plan: CachePlan) -> int:
-    """float32 bytes of cached_U that the loop keeps for one image: one tensor, two when forecasting, none uncached."""
+    """Bytes of cached_U that the loop keeps for one image: one tensor, two when forecasting, none uncached."""
     channels, height, width = unet.cached_shape(plan.branch, unet.config.image_size, unet.config.image_size)
     tensors = 0 if len(plan.refresh) == plan.steps else 1 + plan.forecasts
-    return 4 * channels * height * width * tensors
+    return next(unet.parameters()).element_size() * channels * height * width * tensors
 
 
 def weight_bytes(unet: UNet) -> int:
@@ -111,6 +112,7 @@ def table(unet: UNet, plan: CachePlan) -> str:
         "",
         f"plan: {steps} steps, {refreshes} in full, the others at branch {plan.branch}: {total / 1e9:.1f} GMACs an "
         f"image, {total / steps / 1e9:.3f} a step, {steps * whole.macs / total:.2f}x fewer than uncached",
+        f"      cache {cache_bytes(unet, plan) / 1e6:.3f} MB an image",
     ]
     return "\n".join(lines)
 
@@ -118,22 +120,29 @@ def table(unet: UNet, plan: CachePlan) -> str:
 PRESETS: dict[str, UNetConfig] = {"cifar10": CIFAR10, "lsun_256": LSUN_256}
 
 
+def shape_of(name: str) -> UNet:
+    """The network of a checkpoint; of a published one without its weights, which need not be on disk."""
+    config = PRESETS.get(name) or (name in REGISTRY and (LSUN_256 if "256" in name else CIFAR10))
+    if not config:
+        return load(name)
+    with torch.device("meta"):
+        return UNet(config)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m minicache.cost", description="What a plan costs, for one image.")
     add = parser.add_argument
-    add("--ckpt", default="tiny", help="a checkpoint, or cifar10 or lsun_256: the published networks, without weights")
+    add(
+        "--ckpt",
+        default="tiny",
+        help="a checkpoint (a published one need not be on disk), or cifar10 or lsun_256 (default: tiny)",
+    )
     add("--steps", type=int, default=100, help="(default: 100)")
     add("--interval", type=int, default=5, help="N of 1:N (default: 5)")
     add("--branch", type=int, default=3, help="(default: 3)")
+    add("--forecast", choices=FORECASTS, default="hold", help="(default: hold)")
     args = parser.parse_args(argv)
-    if args.ckpt in PRESETS:
-        with torch.device("meta"):
-            unet = UNet(PRESETS[args.ckpt])
-    else:
-        from minicache.checkpoints import load
-
-        unet = load(args.ckpt)
-    print(table(unet, uniform(args.steps, args.interval, args.branch)))
+    print(table(shape_of(args.ckpt), uniform(args.steps, args.interval, args.branch, args.forecast)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -58,24 +58,30 @@ def read_images(path: Path, image_size: int) -> Tensor:
     """Every image in a folder (and below) or a zip, cropped square about the centre: uint8 [N, 3, S, S]."""
     if path.is_dir():
         files: Iterator[tuple[str, bytes]] = (
-            (str(file), file.read_bytes()) for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES
+            (str(file), file.read_bytes()) for file in sorted(path.rglob("*")) if is_image(file.name)
         )
     elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        names = sorted(name for name in archive.namelist() if name.lower().endswith(SUFFIXES))
+        if archive.testzip() is not None:
+            raise ValueError(f"data={str(path)!r} is a damaged zip: {archive.testzip()} cannot be read")
+        names = sorted(name for name in archive.namelist() if is_image(name.rpartition("/")[2]))
         files = ((name, archive.read(name)) for name in names)
     else:
         raise ValueError(f"data={str(path)!r} is neither shapes, nor cifar10, nor a folder or zip of images")
     images = []
     for name, content in tqdm(files, desc="reading", unit="image", disable=None):
         try:
-            image = Image.open(io.BytesIO(content)).convert("RGB")
-        except (UnidentifiedImageError, OSError):
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for broken files
             raise ValueError(f"{name} in {path} is not an image that can be read") from None
         images.append(np.asarray(ImageOps.fit(image, (image_size, image_size), Image.Resampling.BOX)))
     if not images:
         raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith("._")  # macOS puts ._name beside each name
 
 
 def shapes(n: int, size: int, generator: torch.Generator) -> Tensor:

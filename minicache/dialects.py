@@ -112,7 +112,7 @@ def new_attention(key: str) -> str:
 def from_tensorflow(variables: Mapping[str, np.ndarray], ema: bool) -> dict[str, Tensor]:
     """Variables of Ho et al.'s checkpoints -> pesser's names and layouts; those of the optimizer are left out."""
     suffix = "/ExponentialMovingAverage" if ema else ""
-    pattern = re.compile(rf"(?:model/)(.+)/(W|b|gamma|beta){suffix}")
+    pattern = re.compile(rf"model/(.+)/(W|b|gamma|beta){suffix}")
     state = {}
     for name, value in variables.items():
         if match := pattern.fullmatch(name):
@@ -225,9 +225,9 @@ def config_from_diffusers(path: Path) -> UNetConfig:
     size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
     if type(size) is not int:
         raise ValueError(f"{path}: sample_size={size!r} must be one whole number")
-    if any(width % widths[0] for width in widths):
+    if not _whole_numbers(widths) or any(width % widths[0] for width in widths):
         raise ValueError(f"{path}: block_out_channels={widths} must be multiples of the first")
-    down, up = content.get("down_block_types", ()), content.get("up_block_types", ())
+    down, up = content.get("down_block_types") or (), content.get("up_block_types") or ()
     attends = [kind == "AttnDownBlock2D" for kind in down]
     if list(down) != _block_types(attends, "Down") or len(down) != len(widths):
         raise ValueError(f"{path}: down_block_types={list(down)} must be {len(widths)} of DownBlock2D, AttnDownBlock2D")
@@ -241,8 +241,12 @@ def config_from_diffusers(path: Path) -> UNetConfig:
         attention_resolutions=tuple(size >> level for level, attend in enumerate(attends) if attend),
         in_channels=content.get("in_channels", 3),
         out_channels=content.get("out_channels", 3),
-        dropout=content.get("dropout", 0.0),
+        dropout=content.get("dropout") or 0.0,
     )
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and len(values) > 0 and all(type(value) is int and value > 0 for value in values)
 
 
 def _block_types(attends: list[bool], way: str) -> list[str]:

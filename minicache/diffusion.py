@@ -24,7 +24,8 @@ class Diffusion:
     def __post_init__(self):
         if type(self.num_timesteps) is not int or not 1 <= self.num_timesteps <= 1000:
             raise ValueError(f"num_timesteps={self.num_timesteps!r} is not in 1..1000")
-        if not 0 < self.beta_start <= self.beta_end < 1:
+        betas = (self.beta_start, self.beta_end)
+        if not all(isinstance(beta, float) for beta in betas) or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"need 0 < beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}")
         if self.variance not in VARIANCES:
             raise ValueError(f"variance={self.variance!r} is none of {', '.join(VARIANCES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
 import urllib.error
@@ -22,8 +23,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        if path.is_dir() and temporary.is_dir() and not any(path.iterdir()):
-            path.rmdir()
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():
@@ -59,8 +58,8 @@ def fetch(url: str, path: Path, checksum: str) -> Path:
     part = path.with_name(path.name + ".part")
     try:
         _download(url, part)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
         raise ConnectionError(
             f"cannot download {path.name} ({reason}); get {url} by hand and put it at {path}"
         ) from None
@@ -87,3 +86,5 @@ def _download(url: str, part: Path) -> None:
         with bar, open(part, "ab" if resumed else "wb") as file:
             while block := response.read(1 << 20):
                 bar.update(file.write(block))
+            if total and file.tell() < total:  # what came is kept, and the next try goes on from there
+                raise ConnectionError(f"the connection broke after {file.tell()} of {total} bytes")

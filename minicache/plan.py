@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 FORECASTS = ("hold", "linear")
+MAX_STEPS = 1000  # the most timesteps that a Diffusion has
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class CachePlan:
     alpha: tuple[float, ...] = ()  # one a step; empty means all 0
 
     def __post_init__(self):
-        _whole("steps", self.steps)
+        _whole("steps", self.steps, high=MAX_STEPS)
         _whole("branch", self.branch)
         refresh = tuple(_whole("refresh", i, low=0) for i in self.refresh)
         alpha = tuple(float(a) for a in self.alpha) or (0.0,) * self.steps
@@ -56,7 +57,7 @@ def full(steps: int, branch: int = 1) -> CachePlan:
 
 def uniform(steps: int, interval: int, branch: int = 3, forecast: str = "hold") -> CachePlan:
     """1:N caching (DeepCache, Sec. 3.3): a full step, then interval - 1 partial ones, and so on."""
-    _whole("steps", steps)
+    _whole("steps", steps, high=MAX_STEPS)
     _whole("interval", interval)
     return _plan(steps, branch, range(0, steps, interval), forecast)
 
@@ -74,15 +75,15 @@ def nonuniform(
 
     The refreshes are l**power + center, for l evenly spaced from the power-th root of -center to that of
     steps - center (the end left out). A root of a negative number is read as that of its size, with its sign.
-    0 <= center <= steps, power >= 1. `power` is lowered by 0.02 at a time until all refreshes are distinct.
+    0 <= center <= steps, 1 <= power <= 100. `power` is lowered by 0.02 at a time until all refreshes are distinct.
     official=True gives the lists of the published code instead, which lets Python take complex roots.
     """
-    _whole("steps", steps)
+    _whole("steps", steps, high=MAX_STEPS)
     _whole("interval", interval)
     if not 0 <= center <= steps:
         raise ValueError(f"center={center} is not in 0..{steps}, the steps")
-    if not 1 <= power < math.inf:
-        raise ValueError(f"power={power} must be a number of at least 1")
+    if not 1 <= power <= 100:
+        raise ValueError(f"power={power} is not in 1..100")
     if official and power == 1:
         raise ValueError("power=1 with official=True: the published code needs a power above 1")
     count = math.ceil(steps / interval)
@@ -92,7 +93,7 @@ def nonuniform(
             return _plan(steps, branch, refresh, forecast)
         power = power - 0.02 if official else max(power - 0.02, 1.0)
         if official and power <= 1:
-            raise ValueError(f"the published code finds no {count} distinct steps for center={center}; lower it")
+            raise ValueError(f"the published code finds no {count} distinct steps for center={center} and this power")
 
 
 def _signed_points(steps: int, count: int, center: float, power: float) -> list[int]:
@@ -118,7 +119,8 @@ def _plan(steps: int, branch: int, refresh: Iterable[int], forecast: str) -> Cac
     return CachePlan(steps, branch, refresh, tuple(alpha))
 
 
-def _whole(name: str, value: Any, low: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")
+def _whole(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        most = "" if high == math.inf else f" and at most {high}"
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}{most}")
     return int(value)

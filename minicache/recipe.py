@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from minicache.diffusion import VARIANCES
 from minicache.files import replacing
 from minicache.plan import CachePlan
+from minicache.samplers import SAMPLERS, SPACINGS
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a picture but the weights and the seed, as JSON on disk."""
+    """A plan and the sampler it was made for, as JSON on disk. ValueError for values that no sampler takes."""
 
     plan: CachePlan
     sampler: str = "ddim"
@@ -22,6 +24,23 @@ class Recipe:
     variance: str | None = None  # None: the checkpoint's own
     fingerprint: str | None = None  # of the weights it was made for (convert.fingerprint); None: any
     error: float | None = None  # measured: relative L2 of the final image
+
+    def __post_init__(self):
+        for name, value, kinds in (
+            ("plan", self.plan, CachePlan),
+            ("eta", self.eta, (int, float)),
+            ("fingerprint", self.fingerprint, (str, type(None))),
+            ("error", self.error, (int, float, type(None))),
+        ):
+            if not isinstance(value, kinds):
+                raise ValueError(f"{name}={value!r} is of the wrong kind")
+        for name, value, allowed in (
+            ("sampler", self.sampler, SAMPLERS),
+            ("spacing", self.spacing, SPACINGS),
+            ("variance", self.variance, (None, *VARIANCES)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is none of {allowed}")
 
     def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
         """Keyword arguments for `sample` and `denoise`; refused for weights of another fingerprint."""

@@ -120,6 +120,8 @@ def denoise(
     noise, 0 to 1. variance: DDPM's, one of VARIANCES; None is the checkpoint's own. clip_x0: clip the predicted
     image to [-1, 1]; None is True for ddpm alone. plan: what to cache; None is nothing. ValueError says what is wrong.
     """
+    if unet.training and unet.config.dropout:
+        raise ValueError("the network is in training mode, where dropout spoils its output: call unet.eval() first")
     diffusion = unet.diffusion or Diffusion()
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is none of {', '.join(SAMPLERS)}")
@@ -143,7 +145,9 @@ def denoise(
     generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds or ()]
 
     def noise() -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]).to(
+            device
+        )
 
     x = noise() if generators else x_T
     if x_T is not None:

@@ -25,7 +25,7 @@ def norm(channels: int) -> nn.GroupNorm:
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep: t [B] -> [B, dim], sines first, wavelengths from 2 pi to 10000 * 2 pi."""
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - 1)))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 

@@ -72,3 +72,18 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def relative(a, b) -> float:
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     return ((a - b).norm() / b.norm()).item()
+
+
+class Recorder(torch.nn.Module):
+    """Predicts zero and keeps what it was shown, so that x shows the noise bit for bit."""
+
+    config, diffusion, D = SMALL, None, range(4)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def forward_full(self, x, t, branch):
+        self.seen.append(x.clone())
+        return torch.zeros_like(x), x

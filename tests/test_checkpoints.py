@@ -34,7 +34,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start:])
+        self.wfile.write(CONTENT[start : self.server.breaks_at])
 
     def log_message(self, *_):
         pass
@@ -43,7 +43,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.starts, server.url = [], f"http://127.0.0.1:{server.server_port}"
+        server.starts, server.breaks_at, server.url = [], None, f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
         thread.start()
         yield server
@@ -64,6 +64,16 @@ def test_download_goes_on_where_it_stopped(server, tmp_path, done, kind):
     (tmp_path / "file.bin.part").write_bytes(CONTENT[:done])
     assert fetch(f"{server.url}/{kind}", tmp_path / "file.bin", CHECKSUM).read_bytes() == CONTENT
     assert server.starts == [done] and not (tmp_path / "file.bin.part").exists()
+
+
+def test_download_that_breaks_off_is_kept_and_continued(server, tmp_path):
+    server.breaks_at = 50_000
+    with pytest.raises(ConnectionError, match="broke after 50000"):
+        fetch(f"{server.url}/file", tmp_path / "file.bin", CHECKSUM)
+    assert (tmp_path / "file.bin.part").stat().st_size == 50_000
+    server.breaks_at = None
+    assert fetch(f"{server.url}/file", tmp_path / "file.bin", CHECKSUM).read_bytes() == CONTENT
+    assert server.starts == [0, 50_000]
 
 
 def test_download_of_something_else_is_thrown_away(server, tmp_path):

@@ -3,12 +3,14 @@
 import json
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, SMALL, noise, random_unet
+from conftest import GOLDEN, ROOT, SMALL, noise, random_unet
 
 from minicache import CIFAR10, LSUN_256, Diffusion, UNet, UNetConfig
 from minicache.convert import main, read, save, save_diffusers
@@ -174,6 +176,22 @@ def test_strictness(tmp_path, unet, form, fault):
     assert shown in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_config_that_contradicts_the_file_is_refused(tmp_path, unet):
+    save(tmp_path / "own.pt", unet)
+    save_diffusers(tmp_path / "net", unet)
+    for path in ("own.pt", "net"):
+        assert read(tmp_path / path, config=SMALL).config == SMALL
+        with pytest.raises(ValueError, match="not the"):
+            read(tmp_path / path, config=CIFAR10)
+
+
+def test_a_limit_on_the_file_leaves_no_half_checkpoint(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    command = f"ulimit -f 100; exec {sys.executable} -m minicache.convert tiny {tmp_path}/x.pt"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_files_that_are_no_checkpoints(tmp_path, unet):
     save(tmp_path / "own.pt", unet)
     content = torch.load(tmp_path / "own.pt", weights_only=True)
@@ -184,6 +202,9 @@ def test_files_that_are_no_checkpoints(tmp_path, unet):
         "pickle": pickle.dumps([1, 2, 3]),
         "code": pickle.dumps(Diffusion()),
     }
+    (tmp_path / "text.npz").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"text\.npz cannot be read"):
+        read(tmp_path / "text.npz")
     for name, data in cases.items():
         (tmp_path / f"{name}.pt").write_bytes(data)
         with pytest.raises(ValueError, match=f"{name}.pt") as error:
@@ -225,6 +246,8 @@ def test_files_that_are_no_checkpoints(tmp_path, unet):
         ("config.json", "down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]),
         ("config.json", "up_block_types", ["UpBlock2D", "UpBlock2D"]),
         ("config.json", "block_out_channels", [64, 96]),
+        ("config.json", "block_out_channels", 128),
+        ("config.json", "down_block_types", None),
         ("config.json", "sample_size", [16, 32]),
         ("scheduler_config.json", "beta_schedule", "squaredcos_cap_v2"),
         ("scheduler_config.json", "prediction_type", "v_prediction"),
@@ -302,6 +325,9 @@ def test_command(tmp_path, unet, capsys):
     main([str(tmp_path / "d"), str(tmp_path / "m.pt"), "--half"])
     assert torch.allclose(read(tmp_path / "m.pt").conv_out.weight, unet.conv_out.weight, atol=1e-3)
     assert "fingerprint" in capsys.readouterr().out
+    for ending in ("safetensors", "npz"):
+        with pytest.raises(ValueError, match="another format"):
+            main([str(tmp_path / "m.pt"), str(tmp_path / f"x.{ending}")])
     with pytest.raises(ValueError, match="exists"):
         main([str(tmp_path / "m.pt"), str(tmp_path / "d"), "--to", "diffusers"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "m.pt", "p.ckpt"]

@@ -84,5 +84,7 @@ def test_command(capsys):
     out = capsys.readouterr().out
     assert "full pass 6.054 GMACs" in out and "3.002 GMACs" in out and "2.02x fewer" in out
     assert sum(line.endswith(" <") for line in out.splitlines()) == 1
+    main(["--ckpt", "ddpm_church_256_ema", "--forecast", "linear"])  # not on disk, and not needed
+    assert "full pass 248.174 GMACs" in (out := capsys.readouterr().out) and "cache 67.109 MB an image" in out
     with pytest.raises(ValueError, match="branch=13"):
         main(["--ckpt", "cifar10", "--branch", "13"])

@@ -96,12 +96,23 @@ def test_folders_and_zips(tmp_path):
             (tmp_path / "pictures" / "class" / f"{k}.png").write_bytes(png(100 * k))
             archive.writestr(f"class/{k}.png", png(100 * k))
         archive.writestr("README.txt", "not an image")
+        archive.writestr("__MACOSX/class/._0.png", "not an image either")
     folder, zipped = (source(str(tmp_path / name), 16)(50, generator()) for name in ("pictures", "pictures.zip"))
     assert torch.equal(folder, zipped) and folder.shape == (50, 3, 16, 16)
     assert sorted(set(((folder[:, 0, 0, 0] + 1) * 127.5).round().int().tolist())) == [0, 100, 200]
     (tmp_path / "pictures" / "broken.png").write_bytes(png(5)[:40])
     with pytest.raises(ValueError, match=r"broken\.png"):
         source(str(tmp_path / "pictures"), 16)
+
+
+def test_photos_are_turned_as_their_camera_says(tmp_path):
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 255, 255), (0, 0, 16, 4))  # a white stripe on top; orientation 6: turn it to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "photo.jpg", exif=exif)
+    x = source(str(tmp_path), 16)(1, generator())[0]
+    assert abs(x[:, :, :3].mean() - x[:, :, -3:].mean()) > 1 > abs(x[:, :3].mean() - x[:, -3:].mean())
 
 
 def test_half_of_the_pictures_are_flipped(tmp_path):

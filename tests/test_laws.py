@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, noise, random_unet
+from conftest import Recorder, noise, random_unet
 
 from minicache import CachePlan, denoise, full, nonuniform, sample, uniform
 from minicache.cost import macs, plan_macs
@@ -81,21 +81,6 @@ def test_an_image_depends_on_its_seed_alone(unet, sampler):
         apart = sample(unet, range(8), batch_size=size, **settings)
         assert (apart - everyone).abs().max() <= 1e-4 * everyone.abs().max()
     assert torch.equal(sample(unet, [5, 5], **settings)[0], sample(unet, [5, 5], **settings)[1])
-
-
-class Recorder(torch.nn.Module):
-    """Predicts zero and keeps what it was shown, so that x shows the noise bit for bit."""
-
-    config, diffusion, D = SMALL, None, range(4)
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen = []
-
-    def forward_full(self, x, t, branch):
-        self.seen.append(x.clone())
-        return torch.zeros_like(x), x
 
 
 def test_noise_is_the_same_in_any_batch():

@@ -1,13 +1,14 @@
 """Spacings against published lists, each step against its equation in numpy, and what a user may ask for."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import noise
+from conftest import SMALL, Recorder, noise, random_unet, relative
 
-from minicache import CachePlan, denoise, sample, uniform
+from minicache import CachePlan, Diffusion, denoise, sample, uniform
 from minicache.samplers import SAMPLERS, adams_bashforth, ddim_step, ddpm_step, dpmpp_2m_step, timesteps
 
 ALPHAS_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -142,6 +143,70 @@ def test_samplers_land_on_the_image_that_a_perfect_network_sees(unet, sampler):
     image = noise(1, 3, 16, 16, seed=5).clamp(-1, 1)
     oracle = Oracle(unet.config)
     assert torch.allclose(sample(oracle, [0], sampler=sampler, steps=10), image, atol=2e-3)
+
+
+class Wave(Recorder):
+    """eps = sin(t) x: it changes from step to step, as the multistep samplers must notice."""
+
+    def forward_full(self, x, t, branch):
+        return x * math.sin(t.item()), x
+
+
+def reference(sampler: str, x: np.ndarray, ts: list[int]) -> np.ndarray:
+    """The loops of PLMS (Liu et al. 2022) and DPM-Solver++(2M) (Lu et al. 2022) in float64 numpy, for Wave."""
+    past_eps, past_x0, past_lam = [], None, None
+    for t, t_next in zip(ts, [*ts[1:], -1]):
+        a, b = coefficients(t, t_next)
+        eps = x * math.sin(t)
+        lam = 0.5 * math.log(a / (1 - a))
+        if sampler == "plms":
+            order = min(len(past_eps), 3)
+            weights = [[1], [3, -1], [23, -16, 5], [55, -59, 37, -9]][order]
+            combined = sum(w * e for w, e in zip(weights, [eps, *past_eps])) / [1, 2, 12, 24][order]
+            past_eps = [eps, *past_eps]
+            x0 = (x - math.sqrt(1 - a) * combined) / math.sqrt(a)
+            x = math.sqrt(b) * x0 + math.sqrt(1 - b) * combined
+        else:
+            x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+            if t_next < 0:
+                return x0
+            h = 0.5 * math.log(b / (1 - b)) - lam
+            slope = 0 if past_x0 is None else (x0 - past_x0) / (lam - past_lam)
+            x = math.sqrt((1 - b) / (1 - a)) * x - math.sqrt(b) * math.expm1(-h) * (x0 + slope * h / 2)
+            past_x0, past_lam = x0, lam
+    return x
+
+
+@pytest.mark.parametrize("sampler", ["plms", "dpm++2m"])
+def test_multistep_loops(sampler):
+    x_T = noise(1, 3, 16, 16, seed=2)
+    got = sample(Wave(), x_T=x_T, sampler=sampler, steps=12)
+    expected = reference(sampler, x_T.double().numpy(), timesteps(12))
+    assert relative(got, expected) < 1e-5
+    assert relative(sample(Wave(), x_T=x_T, steps=12), expected) > 1e-2  # and not DDIM
+
+
+def test_noise_ignores_the_defaults_of_the_process(unet):
+    before = sample(unet, [0], steps=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(sample(unet, [0], steps=2), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_checkpoint_s_own_variance_is_used(unet):
+    own = random_unet()
+    own.diffusion = Diffusion(variance="fixed_small")
+    drawn = sample(own, [0], sampler="ddpm", steps=5)
+    assert torch.equal(drawn, sample(unet, [0], sampler="ddpm", steps=5, variance="fixed_small"))
+    assert not torch.equal(drawn, sample(unet, [0], sampler="ddpm", steps=5))
+
+
+def test_dropout_in_training_mode_is_refused():
+    unet = random_unet(replace(SMALL, dropout=0.5)).train()
+    with pytest.raises(ValueError, match="eval"):
+        sample(unet, [0], steps=2)
 
 
 def test_x_T_and_seeds(unet):

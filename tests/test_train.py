@@ -6,6 +6,8 @@ import signal
 
 import pytest
 import torch
+from conftest import random_unet
+from PIL import Image
 
 import train_tiny
 from minicache import load, sample
@@ -26,8 +28,9 @@ QUICK = {
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(train_tiny, "preview", lambda unet, path: path.touch())
+def quick(monkeypatch, request):
+    if request.function is not test_preview_draws_both_samplers:
+        monkeypatch.setattr(train_tiny, "preview", lambda unet, path: path.touch())
     with torch.enable_grad():
         yield
 
@@ -41,7 +44,7 @@ def test_it_learns_and_its_checkpoint_samples(tmp_path):
     ]
     assert float(rows[2][1]) < 0.5 * float(rows[1][1]) < 0.5
     unet = load(last)
-    assert unet.config.image_size == 16 and unet.diffusion.beta_end == 0.0075
+    assert unet.config.image_size == 16 and unet.diffusion.beta_end == train_tiny.BETA_END
     assert torch.isfinite(sample(unet, [0], steps=5)).all()
     x0, t, eps = batch(lambda n, g: torch.zeros(n, 3, 16, 16), 32, 1000, 0.0, 7, 0)
     assert unet.diffusion.loss(unet, x0, t, eps).mean() < 0.5
@@ -52,8 +55,9 @@ def weights(path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
-    whole = weights(main(out=str(tmp_path / "whole"), **QUICK))
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, dropout):
+    whole = weights(main(out=str(tmp_path / "whole"), dropout=dropout, **QUICK))
 
     def interrupted(*args):
         if args[-1] == 2:
@@ -62,9 +66,9 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_tiny, "batch", interrupted)
-        main(out=str(tmp_path / "parts"), **QUICK)
+        main(out=str(tmp_path / "parts"), dropout=dropout, **QUICK)
     assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["training"]["step"] == 3
-    resumed = weights(main(out=str(tmp_path / "parts"), resume=True, **QUICK))
+    resumed = weights(main(out=str(tmp_path / "parts"), dropout=dropout, resume=True, **QUICK))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
@@ -85,6 +89,8 @@ def test_what_is_refused(tmp_path):
     main(out=str(tmp_path), **{**QUICK, "steps": 1})
     with pytest.raises(ValueError, match="add --resume"):
         main(out=str(tmp_path), **QUICK)
+    with pytest.raises(ValueError, match="seed=0, not 1"):
+        main(out=str(tmp_path), resume=True, seed=1, **QUICK)
     with pytest.raises(ValueError, match="use the same flags"):
         main(out=str(tmp_path), resume=True, **{**QUICK, "channel_mult": (1, 1)})
     save(tmp_path / "last.pt", load(tmp_path / "last.pt"))
@@ -108,8 +114,44 @@ def test_flags_are_the_parameters_of_main():
     assert error.value.code == 2
 
 
-def test_bf16_is_chosen_by_measuring():
-    assert faster_in_bf16(torch.device("cpu")) in (True, False)
+@pytest.mark.parametrize("seconds, faster", [([1.0, 0.5], True), ([1.0, 0.9], False)])
+def test_bf16_is_chosen_where_it_is_faster(monkeypatch, seconds, faster):
+    clock = iter([moment for each in seconds for _ in range(5) for moment in (0.0, each)])
+    monkeypatch.setattr(train_tiny.time, "perf_counter", lambda: next(clock))
+    assert faster_in_bf16(torch.device("cpu")) is faster
+
+
+def test_preview_draws_both_samplers(tmp_path):
+    unet = random_unet()
+    train_tiny.preview(unet, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size == (6 * (2 * (4 * 18 + 2) + 8), 6 * (4 * 18 + 2))
+
+
+def test_average_moves_towards_the_weights():
+    average, unet = random_unet(), random_unet()
+    before = average.conv_out.weight.clone()
+    torch.nn.init.constant_(unet.conv_out.weight, 2.0)
+    train_tiny.update_average(average, unet, 0.9)
+    assert torch.allclose(average.conv_out.weight, 0.9 * before + 0.1 * 2.0, atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_decays(tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
+    monkeypatch.setattr(train_tiny, "WARMUP", 2)
+    main(out=str(tmp_path), **{**QUICK, "lr": 1.0e-4})
+    assert rates[0] == pytest.approx(0.5e-4) and rates[1] == pytest.approx(0.933e-4, rel=1e-3)
+    assert rates[-1] == pytest.approx(0.067e-4, rel=1e-2)
+
+
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    last = main(out=str(tmp_path), **{**QUICK, "steps": 2})
+    before = last.read_bytes()
+    with pytest.raises(ValueError, match="lower --lr"):
+        main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 60, "lr": 1e30})
+    assert last.read_bytes() == before
 
 
 def test_init_begins_with_given_weights(tmp_path):
