@@ -148,4 +148,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run("checkpoints", main)
+    run("python -m minicache.checkpoints", main)

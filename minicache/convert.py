@@ -243,4 +243,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run("convert", main)
+    run("python -m minicache.convert", main)
