@@ -28,7 +28,7 @@ from minicache.cost import cache_bytes, plan_macs
 from minicache.diffusion import VARIANCES
 from minicache.images import ENDINGS, beside, enlargement, grid, save_folder, save_gif, save_npz, save_png, to_uint8
 from minicache.plan import FORECASTS
-from minicache.samplers import SAMPLERS, SPACINGS
+from minicache.samplers import SAMPLERS, SPACINGS, STEPS
 from minicache.unet import UNet
 
 FRAMES = 50  # of an animation, at most
@@ -89,7 +89,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} contradicts {args.plan}, which says itself which steps run in full")
         return recipe
-    steps = 100 if args.steps is None else args.steps
+    steps = STEPS if args.steps is None else args.steps
     interval = 5 if args.interval is None else args.interval
     branch, forecast = 3 if args.branch is None else args.branch, args.forecast or "hold"
     if args.center is None and args.power is None:
@@ -180,7 +180,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
-    add("--steps", type=int, help="default 100")
+    add("--steps", type=int, help=f"default {STEPS}")
     add("--spacing", choices=SPACINGS, help="of the timesteps; default uniform")
     add("--eta", type=float, help="ddim's noise, 0 to 1; default 0")
     add("--variance", choices=VARIANCES, help="ddpm's; default: the checkpoint's")

@@ -88,7 +88,7 @@ def main(
         unet.diffusion = Diffusion(beta_end=BETA_END if beta_end is None else beta_end)
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    arguments = {"data": data, "batch_size": batch_size, "lr": lr, "ema": ema, "jitter": jitter, "seed": seed}
+    arguments = {"data": data, "batch_size": batch_size, "ema": ema, "jitter": jitter, "seed": seed}
     start = restore(last, unet, average, optimizer, arguments) if resume else 0
     low_precision = faster_in_bf16(device) if dtype == "auto" else dtype == "bfloat16"
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,6 @@ def main(
         for step in (bar := tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            torch.manual_seed(seed * 1_000_003 + step)  # for dropout, so that a resumed run has the same
             x0, t, eps = batch(draw, batch_size, unet.diffusion.num_timesteps, jitter, seed, step)
             with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
                 each = unet.diffusion.loss(unet, x0.to(device), t.to(device), eps.to(device))
@@ -155,13 +154,13 @@ def interruptions() -> Iterator[list[int]]:
 def batch(
     draw: Source, size: int, num_timesteps: int, jitter: float, seed: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x0, t, eps) of a step, a function of the seed and the step alone.
+    """(x0, t, eps) of a step, a function of the seed and the step alone; dropout goes on with the same generator.
 
     t: one random timestep from each of `size` equal parts of 0..T-1, so that no step goes without the noisiest ones.
     eps: each image's is scaled by 1 + jitter * N(0, 1). The norm of plain noise varies by 1% alone, too little for a
     network full of normalisations to notice soon; what it does not see of it stays in the picture as grain.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.manual_seed(seed * 1_000_003 + step)  # the global one
     x0 = draw(size, generator)
     t = ((torch.arange(size) + torch.rand(size, generator=generator)) * num_timesteps / size).long()
     eps = torch.randn(x0.shape, generator=generator) * (1 + jitter * torch.randn(size, 1, 1, 1, generator=generator))
@@ -181,8 +180,8 @@ def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimi
     content = read_file(last)
     if "training" not in content:
         raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
-    here = {**asdict(unet.config), **asdict(unet.diffusion), **arguments, "lr": None}
-    there = {**content["config"], **content["diffusion"], **content["training"]["arguments"], "lr": None}
+    here = {**asdict(unet.config), **asdict(unet.diffusion), **arguments}
+    there = {**content["config"], **content["diffusion"], **content["training"]["arguments"]}
     for name, value in there.items():
         if here.get(name) != value:
             raise ValueError(f"{last} was trained with {name}={value!r}, not {here.get(name)!r}: use the same flags")

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is cuda where there is one; ValueError for a device that is not here."""
+    """The device of that name, "auto" being cuda where there is one; ValueError for a device that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,9 +43,8 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(
-            error
-        ):  # torch's way to say that there is too little
+        # torch says with a RuntimeError that memory is too little; any other one is a bug, and keeps its traceback
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

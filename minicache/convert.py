@@ -48,10 +48,8 @@ def read(
     content = read_file(path, ema)
     if "state_dict" in content and "config" in content:
         own, diffusion = own_settings(path, content)
-        if config not in (None, own):
-            raise ValueError(f"{path} has its own config, {own}, which is not the one given, {config}")
-        config = own
-        return build(path, config, diffusion, content["state_dict"])
+        refuse_another(config, own, path)
+        return build(path, own, diffusion, content["state_dict"])
     if not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         kinds = sorted({type(value).__name__ for value in content.values()})
         raise ValueError(f"{path} is not a state dict: it holds {', '.join(kinds) or 'nothing'}")
@@ -64,8 +62,7 @@ def read(
         content = {new_attention(key): value for key, value in content.items()}
         if (folder / "config.json").exists():
             own = config_from_diffusers(folder / "config.json")
-            if config not in (None, own):
-                raise ValueError(f"{folder / 'config.json'} gives {own}, which is not the config given, {config}")
+            refuse_another(config, own, folder / "config.json")
             config = own
         for scheduler in (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json"):
             if diffusion is None and scheduler.exists():
@@ -135,6 +132,11 @@ def own_settings(path: Path, content: dict[str, Any]) -> tuple[UNetConfig, Diffu
         raise ValueError(f"{path} is not a checkpoint of this version of minicache: {error}") from None
 
 
+def refuse_another(config: UNetConfig | None, own: UNetConfig, path: Path) -> None:
+    if config not in (None, own):
+        raise ValueError(f"{path} has its own config, {own}, which is not the one given, {config}")
+
+
 def build(
     path: Path,
     config: UNetConfig,
@@ -188,10 +190,15 @@ def save(path: str | Path, unet: UNet, half: bool = False, training: dict[str, A
     content = {"config": asdict(unet.config), "diffusion": asdict(unet.diffusion), "state_dict": state}
     if training is not None:
         content["training"] = training
-    buffer = io.BytesIO()  # torch reports a full disk as an internal error; writing bytes reports it as what it is
-    torch.save(content, buffer)
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        write(temporary, content)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """torch.save, but a full disk is an OSError; torch itself reports an internal error."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def save_diffusers(folder: str | Path, unet: UNet) -> None:
@@ -213,7 +220,7 @@ def save_diffusers(folder: str | Path, unet: UNet) -> None:
         for name, content in files.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
         weights = {theirs: state[ours].contiguous() for ours, theirs in DIFFUSERS.keys(unet).items()}
-        torch.save(weights, temporary / "diffusion_pytorch_model.bin")
+        write(temporary / "diffusion_pytorch_model.bin", weights)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ products are reported apart); activations are float32.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -50,13 +51,18 @@ class _Peak(TorchDispatchMode):
         return result
 
 
-@torch.no_grad()
 def cost(unet: UNet, branch: int | None = None) -> Cost:
     """Of a full pass (branch None), or of a partial pass with `branch` live pairs."""
-    size = unet.config.image_size
+    return _count(unet.config, branch)
+
+
+@cache
+@torch.no_grad()
+def _count(config: UNetConfig, branch: int | None) -> Cost:
+    size = config.image_size
     with torch.device("meta"):
-        unet = UNet(unet.config).eval()
-        x, t = torch.empty(1, unet.config.in_channels, size, size), torch.zeros(1)
+        unet = UNet(config).eval()
+        x, t = torch.empty(1, config.in_channels, size, size), torch.zeros(1)
         cached_U = None if branch is None else torch.empty(1, *unet.cached_shape(branch, size, size))
     counter, peak = FlopCounterMode(display=False), _Peak(unet)
     for mode in (counter, peak):

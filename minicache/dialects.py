@@ -117,7 +117,8 @@ def from_tensorflow(variables: Mapping[str, np.ndarray], ema: bool) -> dict[str,
     for name, value in variables.items():
         if match := pattern.fullmatch(name):
             path, parameter = match.groups()
-            path = re.sub(r"(down|up)_(\d+)/(?:(block|attn)_(\d+)/)?", r"\1/\2/\3/\4/", path).replace("///", "/")
+            if not path.startswith("mid/"):  # whose block_1 is so named by pesser too
+                path = re.sub(r"(down|up|block|attn)_(\d+)", r"\1/\2", path)
             path = re.sub(r"dense(\d)", r"dense/\1", path).replace("/", ".")
             tensor = torch.from_numpy(np.asarray(value, np.float32))
             if tensor.ndim == 4:  # HWIO -> OIHW
@@ -136,8 +137,8 @@ def from_tensorflow(variables: Mapping[str, np.ndarray], ema: bool) -> dict[str,
 def infer_config(path: Path, state: Mapping[str, Tensor], dialect: Dialect, image_size: int | None) -> UNetConfig:
     """The config of a bare state dict. Shapes tell all but the image size, which the presets' shapes imply."""
 
-    def first(level: int, j: int = 0, leaf: str = "conv1") -> Tensor | None:
-        return state.get(f"{dialect.down.format(l=level, j=j)}.{leaf}.weight")
+    def first(level: int, j: int = 0) -> Tensor | None:
+        return state.get(f"{dialect.down.format(l=level, j=j)}.conv1.weight")
 
     levels = next(level for level in range(len(state) + 1) if first(level) is None)
     if not levels or "conv_in.weight" not in state:
@@ -171,6 +172,7 @@ def infer_config(path: Path, state: Mapping[str, Tensor], dialect: Dialect, imag
 
 # What UNet2DModel must be set to, and what it assumes where config.json is silent.
 UNET2D = {
+    "_class_name": ("UNet2DModel", None),
     "act_fn": ("silu", "silu"),
     "add_attention": (True, True),
     "attention_head_dim": (None, 8),
@@ -218,9 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def config_from_diffusers(path: Path) -> UNetConfig:
     """UNet2DModel's config.json, or a ValueError that names the field that cannot be honoured."""
     content = read_json(path)
-    require(
-        path, {**content, "_class_name": content.get("_class_name")}, {"_class_name": ("UNet2DModel", None), **UNET2D}
-    )
+    require(path, content, UNET2D)
     size, widths = content.get("sample_size"), content.get("block_out_channels", [224, 448, 672, 896])
     size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
     if type(size) is not int:
@@ -258,7 +258,6 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         raise ValueError(f"channel_mult={config.channel_mult}: diffusers can only hold one that begins with 1")
     attends = [config.image_size >> level in config.attention_resolutions for level in range(len(config.channel_mult))]
     return {
-        "_class_name": "UNet2DModel",
         **{name: needed for name, (needed, _) in UNET2D.items()},
         "sample_size": config.image_size,
         "block_out_channels": [config.model_channels * mult for mult in config.channel_mult],

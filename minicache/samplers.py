@@ -141,18 +141,17 @@ def denoise(
         raise ValueError(f"{len(seeds)} seeds for {'no' if x_T is None else len(x_T)} images; need one for each")
 
     device = next(unet.parameters()).device
-    size, shape = unet.config.image_size, (unet.config.in_channels, unet.config.image_size, unet.config.image_size)
+    shape = (unet.config.in_channels, unet.config.image_size, unet.config.image_size)
     generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds or ()]
 
     def noise() -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]).to(
-            device
-        )
+        draws = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+        return torch.stack(draws).to(device)
 
     x = noise() if generators else x_T
     if x_T is not None:
         if x_T.shape[1:] != shape:
-            raise ValueError(f"x_T has shape {list(x_T.shape)}; need [B, {shape[0]}, {size}, {size}]")
+            raise ValueError(f"x_T has shape {list(x_T.shape)}; need [B, {shape[0]}, {shape[1]}, {shape[2]}]")
         x = x_T.to(device, torch.float32)
     clip = sampler == "ddpm" if clip_x0 is None else clip_x0
     variance = variance or diffusion.variance

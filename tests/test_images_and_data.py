@@ -105,6 +105,15 @@ def test_folders_and_zips(tmp_path):
         source(str(tmp_path / "pictures"), 16)
 
 
+def test_a_damaged_zip_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", content := png(7))
+    damaged = (tmp_path / "x.zip").read_bytes().replace(content[40:50], bytes(10))
+    (tmp_path / "x.zip").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"a\.png in .*x\.zip is not an image that can be read"):
+        source(str(tmp_path / "x.zip"), 16)
+
+
 def test_photos_are_turned_as_their_camera_says(tmp_path):
     image = Image.new("RGB", (16, 16))
     image.paste((255, 255, 255), (0, 0, 16, 4))  # a white stripe on top; orientation 6: turn it to the right
