@@ -45,6 +45,8 @@ def main(
     image_size: int = 32,
     model_channels: int = 64,
     channel_mult: tuple[int, ...] = (1, 1, 1, 1),
+    num_res_blocks: int = 2,
+    groups: int = 32,
     attention_resolutions: tuple[int, ...] = (8,),
     dropout: float = 0.0,
     beta_end: float | None = None,
@@ -77,11 +79,8 @@ def main(
     if init:
         unet = load(init).train()
     else:
-        unet = UNet(
-            UNetConfig(
-                image_size, model_channels, channel_mult, attention_resolutions=attention_resolutions, dropout=dropout
-            )
-        )
+        shape = (image_size, model_channels, channel_mult, num_res_blocks, attention_resolutions)
+        unet = UNet(UNetConfig(*shape, dropout=dropout, groups=groups))
     unet = unet.to(device)
     draw = source(data, unet.config.image_size)
     if beta_end is not None or not init:
@@ -235,8 +234,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from <out>/last.pt")
     for name, kind, default, text in (
         ("image-size", int, 32, "pixels a side"),
-        ("model-channels", int, 64, "width of the first level, a multiple of 32; 64 at least, to get colours right"),
+        ("model-channels", int, 64, "width of the first level, a multiple of --groups; twice it at least"),
         ("channel-mult", whole_numbers, (1, 1, 1, 1), "width of each level, in model-channels"),
+        ("num-res-blocks", int, 2, "blocks of a level, on the way down; one more on the way up"),
+        ("groups", int, 32, "of every GroupNorm"),
         ("attention-resolutions", whole_numbers, (8,), "sides at which blocks attend"),
         ("dropout", float, 0.0, ""),
         ("steps", int, 5000, "training steps"),

@@ -186,7 +186,6 @@ UNET2D = {
     "mid_block_scale_factor": (1, 1),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
     "norm_eps": (1e-6, 1e-5),
-    "norm_num_groups": (32, 32),
     "num_class_embeds": (None, None),
     "resnet_time_scale_shift": ("default", "default"),
     "time_embedding_dim": (None, None),
@@ -242,6 +241,7 @@ def config_from_diffusers(path: Path) -> UNetConfig:
         in_channels=content.get("in_channels", 3),
         out_channels=content.get("out_channels", 3),
         dropout=content.get("dropout") or 0.0,
+        groups=content.get("norm_num_groups", 32),
     )
 
 
@@ -265,6 +265,7 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "dropout": config.dropout,
+        "norm_num_groups": config.groups,
         "down_block_types": _block_types(attends, "Down"),
         "up_block_types": _block_types(attends[::-1], "Up"),
     }

@@ -1,7 +1,7 @@
 """The U-Net of DDPM (Ho et al. 2020), with the two forward passes of DeepCache (Ma et al. 2023).
 
 Read from leaf to root: time embedding -> Attention -> ResBlock -> the blocks of D and U -> UNetConfig -> UNet.
-Shapes: B images, C channels, H x W pixels; T is the width of the time embedding.
+Shapes: B images, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -14,12 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-
-GROUPS = 32  # of every GroupNorm, so every width is a multiple of it
-
-
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -47,9 +41,9 @@ class TimeEmbedding(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over the pixels, with a residual connection."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Linear(channels, channels)
         self.k = nn.Linear(channels, channels)
         self.v = nn.Linear(channels, channels)
@@ -63,19 +57,19 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """h [B, c_in, H, W], temb [B or 1, T] -> [B, c_out, H, W]; ends in Attention where asked to."""
+    """h [B, c_in, H, W], temb [B or 1, 4 * model_channels] -> [B, c_out, H, W]; ends in Attention where asked to."""
 
-    def __init__(self, c_in: int, c_out: int, t_width: int, attention: bool = False, dropout: float = 0.0):
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig, attention: bool):
         super().__init__()
-        self.norm1 = norm(c_in)
+        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.temb_proj = nn.Linear(t_width, c_out)
-        self.norm2 = norm(c_out)
-        self.dropout = nn.Dropout(dropout)
+        self.temb_proj = nn.Linear(4 * config.model_channels, c_out)
+        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=1e-6)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.attn = Attention(c_out) if attention else nn.Identity()
+        self.attn = Attention(c_out, config.groups) if attention else nn.Identity()
 
     def forward(self, h: Tensor, temb: Tensor) -> Tensor:
         r = self.conv1(F.silu(self.norm1(h)))
@@ -108,10 +102,10 @@ class Upsample(nn.Conv2d):
 class UpBlock(nn.Module):
     """U_i: joins the feature from below with the skip of D_i; ends in an Upsample where D_i is a Downsample."""
 
-    def __init__(self, c_below: int, c_skip: int, c_out: int, t_width: int, attention: bool, dropout: float, up: bool):
+    def __init__(self, c_below: int, c_skip: int, c_out: int, config: UNetConfig, attention: bool, up: bool):
         super().__init__()
         self.c_below = c_below
-        self.block = ResBlock(c_below + c_skip, c_out, t_width, attention, dropout)
+        self.block = ResBlock(c_below + c_skip, c_out, config, attention)
         self.upsample = Upsample(c_out, c_out, 3, padding=1) if up else nn.Identity()
 
     def forward(self, h: Tensor, skip: Tensor, temb: Tensor) -> Tensor:
@@ -123,24 +117,28 @@ class UNetConfig:
     """The shape of a U-Net. Level l works at image_size / 2**l with model_channels * channel_mult[l] channels."""
 
     image_size: int  # pixels a side
-    model_channels: int  # a multiple of 32, as is every width
+    model_channels: int  # a multiple of groups, as is every width
     channel_mult: tuple[int, ...]
     num_res_blocks: int = 2  # a level, on the way down; one more on the way up
     attention_resolutions: tuple[int, ...] = (16,)  # besides the middle, which always has it
     in_channels: int = 3
     out_channels: int = 3
     dropout: float = 0.0
+    groups: int = 32  # of every GroupNorm; one of a single channel cannot see how strong the noise is
 
     def __post_init__(self):
         for name in ("channel_mult", "attention_resolutions"):  # lists from JSON become tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("image_size", "model_channels", "channel_mult", "num_res_blocks", "in_channels"):
+        for name in ("image_size", "model_channels", "channel_mult", "num_res_blocks", "in_channels", "groups"):
             sizes = getattr(self, name) if name == "channel_mult" else (getattr(self, name),)
             if not sizes or any(type(size) is not int or size < 1 for size in sizes):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive whole numbers")
         halvings = len(self.channel_mult) - 1
         for wrong, why in (
-            (self.model_channels % GROUPS, f"model_channels={self.model_channels} must be a multiple of {GROUPS}"),
+            (
+                self.model_channels % self.groups,
+                f"model_channels={self.model_channels} must be a multiple of groups={self.groups}",
+            ),
             (self.image_size % 2**halvings, f"image_size={self.image_size} cannot be halved {halvings} times"),
             (self.out_channels != self.in_channels, f"out_channels={self.out_channels} must equal in_channels"),
             (not 0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)"),
@@ -171,7 +169,7 @@ class UNet(nn.Module):
         self.config = config
         self.diffusion = None  # the Diffusion it was trained with: set by whoever loads or trains it,
         self.fingerprint = None  # and a hash of the weights, by whoever loads them
-        n, t_width, dropout = config.num_res_blocks, 4 * config.model_channels, config.dropout
+        n = config.num_res_blocks
         widths = [config.model_channels * mult for mult in config.channel_mult]
 
         self.time = TimeEmbedding(config.model_channels)
@@ -182,7 +180,7 @@ class UNet(nn.Module):
             below = widths[min(level + 1, len(widths) - 1)]
             for j in range(n + 1):
                 if j > 0:
-                    D_i = ResBlock(c, width, t_width, attention, dropout)
+                    D_i = ResBlock(c, width, config, attention)
                     c = width
                 elif level > 0:
                     D_i = Downsample(c, c, 3, stride=2)
@@ -190,11 +188,9 @@ class UNet(nn.Module):
                     D_i = ConvIn(config.in_channels, c, 3, padding=1)
                 c_below = below if j == n else width
                 self.D.append(D_i)
-                self.U.append(UpBlock(c_below, c, width, t_width, attention, dropout, up=isinstance(D_i, Downsample)))
-        self.M = nn.ModuleList(
-            [ResBlock(c, c, t_width, attention=True, dropout=dropout), ResBlock(c, c, t_width, dropout=dropout)]
-        )
-        self.norm_out = norm(widths[0])
+                self.U.append(UpBlock(c_below, c, width, config, attention, up=isinstance(D_i, Downsample)))
+        self.M = nn.ModuleList([ResBlock(c, c, config, attention=True), ResBlock(c, c, config, attention=False)])
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 

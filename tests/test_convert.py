@@ -237,7 +237,7 @@ def test_files_that_are_no_checkpoints(tmp_path, unet):
     [
         ("config.json", "_class_name", "UNet2DConditionModel"),
         ("config.json", "attention_head_dim", 8),
-        ("config.json", "norm_num_groups", 16),
+        ("config.json", "norm_num_groups", 0),
         ("config.json", "downsample_padding", 1),
         ("config.json", "out_channels", 6),
         ("config.json", "num_class_embeds", 10),
