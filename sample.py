@@ -5,6 +5,7 @@ examples:
   python sample.py --interval 4 --compare                           # and the same pictures uncached beside them
   python sample.py --ckpt ddpm_cifar10_ema --steps 100 --spacing quad --interval 5
   python sample.py --sampler dpm++2m --steps 25 --interval 3 --branch 1 --forecast linear
+  python sample.py --budget 20                                      # the best plan known for 20 full passes
   python sample.py --num 16 --out denoise.gif                       # watch them emerge
   python sample.py --num 1000 --batch-size 100 --out samples.npz    # for an evaluator
 """
@@ -22,12 +23,13 @@ import numpy as np
 import torch
 
 from minicache import CachePlan, Recipe, denoise, full, load, nonuniform, sample, uniform
-from minicache.checkpoints import REGISTRY
+from minicache.checkpoints import REGISTRY, embedded_folder
 from minicache.cli import Parser, choose_device, run
-from minicache.cost import cache_bytes, plan_macs
+from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import VARIANCES
 from minicache.images import ENDINGS, beside, enlargement, grid, save_folder, save_gif, save_npz, save_png, to_uint8
 from minicache.plan import FORECASTS
+from minicache.recipe import recipes_in
 from minicache.samplers import SAMPLERS, SPACINGS, STEPS
 from minicache.unet import UNet
 
@@ -42,6 +44,7 @@ def main(args: argparse.Namespace) -> None:
     seeds = range(args.seed, args.seed + args.num)
     recipe, device = recipe_from(args), choose_device(args.device)
     unet = load(args.ckpt, device=device, dtype=getattr(torch, args.dtype))
+    recipe = recipe or recipe_within(args, unet)
     settings = {**recipe.settings(unet.fingerprint), "clip_x0": args.clip}
     out = prepare_out(args.out)
     describe(args, unet, settings)
@@ -77,10 +80,31 @@ def prepare_out(name: str) -> Path:
     return out
 
 
-def recipe_from(args: argparse.Namespace) -> Recipe:
-    """What the flags say; or the --plan file, which they may repeat but not contradict."""
+def recipe_within(args: argparse.Namespace, unet: UNet) -> Recipe:
+    """The calibrated plan that ships for these weights and whose cost is the nearest to --budget."""
+    recipes = recipes_in(embedded_folder() / "recipes", unet.fingerprint)
+    if not recipes:
+        raise ValueError(
+            f"no calibrated plan ships for {args.ckpt}: make one with python -m minicache.calibrate "
+            f"--ckpt {args.ckpt} --budget {args.budget:g} --out recipe.json, and use it with --plan recipe.json"
+        )
+    return min(recipes, key=lambda recipe: abs(full_passes(unet, recipe.plan) - args.budget))
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe | None:
+    """What the flags say; or the --plan file, which they may repeat but not contradict; None for --budget."""
+    if args.budget is not None:
+        if not args.budget > 0:
+            raise ValueError(f"--budget {args.budget:g} must be positive")
+        for name in ("plan", "sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power",
+                     "forecast"):  # fmt: skip
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} contradicts --budget, which chooses the sampler and the plan")
+        return None
     if args.plan:
         recipe = Recipe.load(args.plan)
+        if recipe.start is not None:
+            raise ValueError(f"{args.plan} is for images noised to t = {recipe.start - 1}, not for pure noise")
         fixed = {**recipe.settings(recipe.fingerprint), "steps": recipe.plan.steps, "branch": recipe.plan.branch}
         for name in ("sampler", "steps", "spacing", "eta", "variance", "branch"):
             if getattr(args, name) not in (None, fixed[name]):
@@ -195,6 +219,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=FORECASTS,
         help="what stands in for the deep features: the last ones, or a line; default hold",
     )
+    add("--budget", type=float, help="cost of an image in full passes: the nearest calibrated plan that ships")
     add("--plan", metavar="FILE", help="a recipe (JSON) that sets the sampler and what is cached")
     add = parser.add_argument_group("output").add_argument
     add("--num", type=int, default=16, help="images; default 16")

@@ -85,6 +85,11 @@ def plan_macs(unet: UNet, plan: CachePlan) -> int:
     return refreshes * macs(unet) + (partial * macs(unet, plan.branch) if partial else 0)
 
 
+def full_passes(unet: UNet, plan: CachePlan) -> float:
+    """A plan's MACs, in full passes of this network: what uncached sampling with as many steps would cost."""
+    return plan_macs(unet, plan) / macs(unet)
+
+
 def cache_bytes(unet: UNet, plan: CachePlan) -> int:
     """Bytes of cached_U that the loop keeps for one image: one tensor, two when forecasting, none uncached."""
     channels, height, width = unet.cached_shape(plan.branch, unet.config.image_size, unet.config.image_size)

@@ -57,8 +57,11 @@ def cifar10() -> Tensor:
     return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy())
 
 
-def read_images(path: Path, image_size: int) -> Tensor:
-    """Every image in a folder (and below) or a zip, cropped square about the centre: uint8 [N, 3, S, S]."""
+def read_images(path: Path, image_size: int | None) -> Tensor:
+    """Every image in a folder (and below) or a zip, cropped square about the centre: uint8 [N, 3, S, S].
+
+    image_size: S, to which they are scaled; None: as they are, all of the first one's size.
+    """
     if path.is_dir():
         files = [(str(file), file.read_bytes) for file in sorted(path.rglob("*")) if is_image(file.name)]
     elif zipfile.is_zipfile(path):
@@ -73,7 +76,10 @@ def read_images(path: Path, image_size: int) -> Tensor:
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(content()))).convert("RGB")
         except UNREADABLE:
             raise ValueError(f"{name} in {path} is not an image that can be read") from None
-        images.append(np.asarray(ImageOps.fit(image, (image_size, image_size), Image.Resampling.BOX)))
+        size = image.size if image_size is None else (image_size, image_size)
+        images.append(np.asarray(ImageOps.fit(image, size, Image.Resampling.BOX)))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{name} in {path} is {image.width}x{image.height} pixels, unlike the first image")
     if not images:
         raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

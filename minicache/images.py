@@ -21,9 +21,9 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return rearrange(((x.float() + 1) * 127.5).clamp(0, 255).round().byte().cpu(), "b c h w -> b h w c").numpy()
 
 
-def grid(images: np.ndarray, pad: int = 2) -> np.ndarray:
-    """uint8 [B, H, W, C] -> one picture [H', W', C] on white, as square as B allows."""
-    columns = math.ceil(math.sqrt(len(images)))
+def grid(images: np.ndarray, pad: int = 2, columns: int | None = None) -> np.ndarray:
+    """uint8 [B, H, W, C] -> one picture [H', W', C] on white; columns: None is as square as B allows."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     B, H, W, C = images.shape
     cells = np.full((rows * columns, H + pad, W + pad, C), 255, np.uint8)

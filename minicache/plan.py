@@ -59,7 +59,7 @@ def uniform(steps: int, interval: int, branch: int = 3, forecast: str = "hold") 
     """1:N caching (DeepCache, Sec. 3.3): a full step, then interval - 1 partial ones, and so on."""
     _whole("steps", steps, high=MAX_STEPS)
     _whole("interval", interval)
-    return _plan(steps, branch, range(0, steps, interval), forecast)
+    return from_refreshes(steps, branch, range(0, steps, interval), forecast)
 
 
 def nonuniform(
@@ -90,7 +90,7 @@ def nonuniform(
     while True:
         refresh = (_official_points if official else _signed_points)(steps, count, center, power)
         if len(refresh) == count:
-            return _plan(steps, branch, refresh, forecast)
+            return from_refreshes(steps, branch, refresh, forecast)
         power = power - 0.02 if official else max(power - 0.02, 1.0)
         if official and power <= 1:
             raise ValueError(f"the published code finds no {count} distinct steps for center={center} and this power")
@@ -108,7 +108,7 @@ def _official_points(steps: int, count: int, center: float, power: float) -> lis
     return [0, *(int(point + center) for point in points[1:-1])]
 
 
-def _plan(steps: int, branch: int, refresh: Iterable[int], forecast: str) -> CachePlan:
+def from_refreshes(steps: int, branch: int, refresh: Iterable[int], forecast: str) -> CachePlan:
     if forecast not in FORECASTS:
         raise ValueError(f"forecast={forecast!r} is none of {', '.join(FORECASTS)}")
     refresh, alpha = tuple(refresh), [0.0] * steps

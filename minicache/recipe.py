@@ -22,6 +22,7 @@ class Recipe:
     spacing: str = "uniform"
     eta: float = 0.0
     variance: str | None = None  # None: the checkpoint's own
+    start: int | None = None  # for images noised to t = start - 1; None: from pure noise
     fingerprint: str | None = None  # of the weights it was made for (convert.fingerprint); None: any
     error: float | None = None  # measured: relative L2 of the final image
 
@@ -29,6 +30,7 @@ class Recipe:
         for name, value, kinds in (
             ("plan", self.plan, CachePlan),
             ("eta", self.eta, (int, float)),
+            ("start", self.start, (int, type(None))),
             ("fingerprint", self.fingerprint, (str, type(None))),
             ("error", self.error, (int, float, type(None))),
         ):
@@ -44,9 +46,9 @@ class Recipe:
 
     def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
         """Keyword arguments for `sample` and `denoise`; refused for weights of another fingerprint."""
-        if self.fingerprint is not None and self.fingerprint != fingerprint:
+        if self.fingerprint not in (None, fingerprint):
             raise ValueError(f"the recipe was made for the weights {self.fingerprint}, and these are {fingerprint}")
-        return {name: getattr(self, name) for name in ("sampler", "spacing", "eta", "variance", "plan")}
+        return {name: getattr(self, name) for name in ("sampler", "spacing", "eta", "variance", "start", "plan")}
 
     def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:
@@ -63,3 +65,9 @@ class Recipe:
             return cls(**{**values, "plan": CachePlan(**values["plan"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from None
+
+
+def recipes_in(folder: str | Path, fingerprint: str | None, start: int | None = None) -> list[Recipe]:
+    """The recipes (*.json) in a folder that were made for weights of this fingerprint, and for this start."""
+    found = [Recipe.load(path) for path in sorted(Path(folder).glob("*.json"))]
+    return [recipe for recipe in found if recipe.fingerprint == fingerprint and recipe.start == start]

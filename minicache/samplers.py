@@ -104,6 +104,7 @@ def denoise(
     seeds: Iterable[int] | None = None,
     *,
     x_T: Tensor | None = None,
+    start: int | None = None,
     sampler: str = "ddim",
     steps: int | None = None,
     spacing: str = "uniform",
@@ -116,9 +117,10 @@ def denoise(
 
     seeds: one whole number an image; all of its noise (x_T, then each step's z) comes from it alone, on the CPU, so
     an image does not depend on its batch or device. x_T [B, C, H, W]: start here instead (stochastic samplers need
-    seeds as well). sampler: one of SAMPLERS. steps: the plan's, or STEPS. spacing: one of SPACINGS. eta: DDIM's
-    noise, 0 to 1. variance: DDPM's, one of VARIANCES; None is the checkpoint's own. clip_x0: clip the predicted
-    image to [-1, 1]; None is True for ddpm alone. plan: what to cache; None is nothing. ValueError says what is wrong.
+    seeds as well). start: x_T is images noised to t = start - 1, and only timesteps below start are visited.
+    sampler: one of SAMPLERS. steps: the plan's, or STEPS. spacing: one of SPACINGS. eta: DDIM's noise, 0 to 1.
+    variance: DDPM's, one of VARIANCES; None is the checkpoint's own. clip_x0: clip the predicted image to [-1, 1];
+    None is True for ddpm alone. plan: what to cache; None is nothing. ValueError says what is wrong.
     """
     if unet.training and unet.config.dropout:
         raise ValueError("the network is in training mode, where dropout spoils its output: call unet.eval() first")
@@ -132,7 +134,9 @@ def denoise(
     if plan is not None and steps not in (None, plan.steps):
         raise ValueError(f"steps={steps} contradicts the plan, which has {plan.steps}")
     plan = plan or full(STEPS if steps is None else steps)
-    ts = timesteps(plan.steps, spacing, diffusion.num_timesteps)
+    if start is not None and (x_T is None or not 1 <= start <= diffusion.num_timesteps):
+        raise ValueError(f"start={start} needs x_T, noised to t = start - 1, and to be in 1..{diffusion.num_timesteps}")
+    ts = timesteps(plan.steps, spacing, start or diffusion.num_timesteps)
     stochastic = sampler == "ddpm" or eta > 0
     if seeds is None and (x_T is None or stochastic):
         raise ValueError("seeds are needed: for x_T, or for the noise of a stochastic sampler")

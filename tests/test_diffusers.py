@@ -1,5 +1,7 @@
 """diffusers as an independent implementation of the network and of the schedulers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ TOLERANCE = 1e-5  # seen: 1e-6 to 3e-6 relative L2, from sums in another order
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("config", [SMALL, CIFAR10], ids=["small", "cifar10"])
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, groups=8), CIFAR10], ids=["small", "8 groups", "cifar10"])
 def test_network(config):
     unet = random_unet(config)
     theirs = diffusers.UNet2DModel(

@@ -1,0 +1,282 @@
+"""Find the plan with the smallest error for a given cost, on this network.
+
+    python -m minicache.calibrate --ckpt tiny --budget 20 --out recipe.json
+    python sample.py --ckpt tiny --plan recipe.json
+
+Every plan is judged by the one thing that counts, the error of the final image (see minicache.protocol), on calibration
+seeds; what is reported is its error on seeds held out. The search:
+1. sweep: sampler x spacing x branch x 1:N, as many steps as the budget allows, with a linear forecast and without;
+   uncached sampling is among the candidates, so that a plan is never worse than fewer steps;
+2. climb: move each refresh of the best few by a step or two, as long as the error falls;
+3. fit: one alpha a step, in closed form on uncached features, then by Gauss-Newton on the error itself.
+With --steps, plans keep these steps, and the reference is the uncached run of as many steps and of the same noise: for
+those who must have one sampler's pictures, and for ancestral sampling, whose alphas are fitted in closed form alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minicache.checkpoints import load
+from minicache.cli import Parser, choose_device, run
+from minicache.cost import macs
+from minicache.data import source
+from minicache.plan import CachePlan, from_refreshes, full, uniform
+from minicache.protocol import CALIBRATION, HELD_OUT, SOLVERS, Trial, trial, uncached
+from minicache.recipe import Recipe
+from minicache.samplers import denoise
+from minicache.unet import UNet
+
+BRANCHES = (1, 2, 3)
+INTERVALS = (2, 3, 4, 6)
+PAIRS = 2  # of sampler and spacing that the whole sweep is made for
+FINALISTS = 2  # of the sweep, whose refreshes are moved
+MOVES = 24  # of refreshes that are tried for each
+DELTA = 0.05  # of alpha, in Gauss-Newton's differences
+
+
+class Costs:
+    """What a pass costs, in full passes of this network: by MACs, or by the clock."""
+
+    def __init__(self, unet: UNet, seconds: bool = False):
+        of = seconds_of if seconds else macs
+        self.unit = of(unet)  # MACs or seconds of a full pass, for one image
+        self.partial = {branch: of(unet, branch) / self.unit for branch in BRANCHES if branch <= len(unet.D)}
+
+    def __call__(self, plan: CachePlan) -> float:
+        refreshes = len(plan.refresh)
+        partial = self.partial[plan.branch] if refreshes < plan.steps else 0.0
+        return refreshes + (plan.steps - refreshes) * partial
+
+
+@torch.no_grad()
+def seconds_of(unet: UNet, branch: int | None = None, batch: int = 16) -> float:
+    """Of one pass, an image: the median of 7 passes."""
+    x = torch.randn(batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=unet.conv_out.weight.device)
+    cached_U, times = unet.forward_full(x, 500, branch or 1)[1], []
+    for _ in range(7):
+        began = time.perf_counter()
+        (
+            unet.forward_full(x, 500, 1)[0] if branch is None else unet.forward_partial(x, 500, cached_U, branch)
+        ).sum().item()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) / batch
+
+
+def judge(trial: Trial, recipe: Recipe) -> Recipe:
+    return replace(recipe, error=trial.errors(recipe).mean().item())
+
+
+def error_of(recipe: Recipe) -> float:
+    return recipe.error
+
+
+def widest(budget: float, costs: Costs, interval: int, branch: int, most: int) -> CachePlan | None:
+    """1:interval caching with a linear forecast and the most steps that the budget allows; None where there are none.
+
+    The last step is always a refresh: the network changes most from step to step where the noise ends.
+    """
+    plans = (uniform(steps, interval, branch, "linear") for steps in range(1 + interval, most + 1, interval))
+    return max((plan for plan in plans if costs(plan) <= budget), key=lambda plan: plan.steps, default=None)
+
+
+def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], bar: tqdm) -> Iterator[Recipe]:
+    """Ever better recipes, each with its error on the trial's seeds; baseline: uncached ones, with theirs."""
+    most = baseline[0].start or trial.unet.diffusion.num_timesteps
+
+    def judged(recipe: Recipe) -> Recipe:
+        bar.update()
+        return judge(trial, recipe)
+
+    def best(recipes: list[Recipe]) -> Recipe:
+        found = min(recipes, key=error_of)
+        bar.set_postfix_str(f"error {found.error:.4f}")
+        return found
+
+    yield (found := best(baseline))
+
+    probe = widest(budget, costs, 2, 1, most) or baseline[0].plan
+    pairs = sorted([judged(replace(recipe, plan=probe)) for recipe in baseline], key=error_of)[:PAIRS]
+    plans = {widest(budget, costs, interval, branch, most) for branch in costs.partial for interval in INTERVALS}
+    swept = [judged(replace(pair, plan=plan)) for pair in pairs for plan in sorted(plans - {None}, key=repr)]
+    yield (found := best([found, *swept]))
+
+    if not swept:  # the budget is too small for two full passes and a partial one
+        return
+    finalists = sorted(swept, key=error_of)[:FINALISTS]
+    climbed = best([climb(recipe, judged) for recipe in finalists])
+    yield (found := best([found, climbed]))
+
+    fitted = [judged(replace(climbed, plan=fit(trial, climbed))), climbed]
+    yield best([found, gauss_newton(trial, best(fitted), bar)])
+
+
+def search_alike(trial: Trial, budget: float, costs: Costs, whole: Recipe, bar: tqdm) -> Iterator[Recipe]:
+    """The like for plans with the steps of `whole`, the uncached run that is the reference; reuse comes first."""
+
+    def judged(recipe: Recipe) -> Recipe:
+        bar.update()
+        return judge(trial, recipe)
+
+    steps, helds = whole.plan.steps, []
+    for branch in costs.partial:
+        plans = (uniform(steps, interval, branch) for interval in range(2, steps + 1))
+        helds += [replace(whole, plan=plan) for plan in plans if costs(plan) <= budget][:1]
+    if not helds:
+        raise ValueError(f"no plan of {steps} steps costs {budget:.3g} full passes or less")
+    yield (found := min(map(judged, helds), key=error_of))
+    for held in helds:
+        linear = from_refreshes(steps, held.plan.branch, held.plan.refresh, "linear")
+        for plan in (linear, fit(trial, held)):
+            found = min(found, judged(replace(held, plan=plan)), key=error_of)
+    yield found
+    if whole.sampler != "ddpm":
+        yield (found := climb(found, judged))
+        yield gauss_newton(trial, found, bar)
+
+
+def climb(recipe: Recipe, judged) -> Recipe:
+    """Move refreshes, one at a time, while the error falls; MOVES tries, shared evenly among them."""
+    steps, branch = recipe.plan.steps, recipe.plan.branch
+    tries = [(k, by) for by in (-1, 1, -2, 2) for k in range(1, len(recipe.plan.refresh))]
+    for k, by in tries[:: -(-len(tries) // MOVES)]:
+        refresh = list(recipe.plan.refresh)
+        refresh[k] += by
+        if refresh == sorted(set(refresh)) and 0 < refresh[k] < steps:
+            moved = judged(replace(recipe, plan=from_refreshes(steps, branch, refresh, "linear")))
+            recipe = min(recipe, moved, key=error_of)
+    return recipe
+
+
+def fit(trial: Trial, recipe: Recipe) -> CachePlan:
+    """The plan with the alphas that forecast best, in least squares, the features Y of the uncached run:
+
+    alpha_t = sum <Y_t - Y_j, Y_j - Y_i> / sum |Y_j - Y_i|^2, i < j the last two refreshes before t.
+    """
+    plan, settings = recipe.plan, recipe.settings(recipe.fingerprint)
+    settings["plan"] = full(plan.steps, plan.branch)
+    alpha, older, newer = [0.0] * plan.steps, None, None
+    for step in denoise(trial.unet, trial.seeds, x_T=trial.x_T, **settings):
+        if step.i in plan.refresh:
+            older, newer = newer, step.cached_U
+        elif older is not None:
+            slope = newer - older
+            alpha[step.i] = ((step.cached_U - newer) * slope).sum().item() / slope.square().sum().item()
+    return replace(plan, alpha=tuple(alpha))
+
+
+def gauss_newton(trial: Trial, recipe: Recipe, bar: tqdm) -> Recipe:
+    """One step of Gauss-Newton on all alphas together, for the mean of the images' errors; damped until it helps.
+
+    The images are almost linear in the alphas near the optimum, so their derivatives, by differences, and one linear
+    system do what a search along each alpha would take hundreds of runs for.
+    """
+    norms = trial.reference.flatten(1).norm(dim=1, keepdim=True)
+
+    def residuals(alpha: tuple[float, ...]) -> Tensor:  # [seeds, CHW]
+        bar.update()
+        settings = replace(recipe, plan=replace(recipe.plan, alpha=alpha)).settings(recipe.fingerprint)
+        return ((trial.images(settings) - trial.reference).flatten(1) / norms).double().cpu()
+
+    alpha, plan = recipe.plan.alpha, recipe.plan
+    second = plan.refresh[1] if len(plan.refresh) > 1 else plan.steps
+    free = [i for i in range(second, plan.steps) if i not in plan.refresh]
+    if not free:
+        return recipe
+    r = residuals(alpha)
+    weights = r.norm(dim=1, keepdim=True).rsqrt()  # from the squares' sum to the norms' sum
+    J = [(residuals((*alpha[:i], alpha[i] + DELTA, *alpha[i + 1 :])) - r) / DELTA * weights for i in free]
+    J = torch.stack(J).flatten(1)  # [free, seeds * CHW]
+    A, b = J @ J.T, J @ (r * weights).flatten()
+    for damping in (1e-3, 1e-2, 1e-1, 1.0):
+        change = torch.linalg.solve(A + damping * A.diagonal().diag(), b)
+        moved = list(alpha)
+        for i, by in zip(free, change.tolist()):
+            moved[i] -= by
+        error = residuals(tuple(moved)).norm(dim=1).mean().item()
+        if error < recipe.error:
+            recipe = replace(recipe, plan=replace(plan, alpha=tuple(moved)), error=error)
+    return recipe
+
+
+def report(found: Recipe, held_out: Trial, baselines: list[Recipe], costs: Costs) -> str:
+    """A table of errors on held-out seeds, in Markdown."""
+    lines = ["| held-out seeds | cost | mean error | median | worst |", "|---|---|---|---|---|"]
+    for recipe in [*baselines, found]:
+        e, plan = held_out.errors(recipe), recipe.plan
+        name = f"{recipe.sampler}, {plan.steps} steps, {recipe.spacing}"
+        if len(plan.refresh) < plan.steps:
+            name += f", {len(plan.refresh)} in full, branch {plan.branch}"
+        lines.append(f"| {name} | {costs(plan):.1f} | {e.mean():.4f} | {e.median():.4f} | {e.max():.4f} |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    unet = load(args.ckpt, device=choose_device(args.device))
+    start, draw = args.start, args.data and source(args.data, unet.config.image_size)
+    costs = Costs(unet, args.unit == "seconds")
+    samplers = SOLVERS if args.sampler == "auto" else (args.sampler,)
+    if args.sampler == ("ddpm" if args.steps is None else "auto"):
+        raise ValueError(f"--sampler {args.sampler} {'needs' if args.steps is None else 'contradicts'} --steps")
+    whole = None
+    if args.steps is not None:
+        whole = Recipe(full(args.steps), args.sampler, start=start, fingerprint=unet.fingerprint)
+    folder = not args.out.endswith(".json")
+    if not folder and len(args.budget) > 1:
+        raise ValueError(f"--out {args.out}: {len(args.budget)} budgets need a folder, not a .json")
+    budgets = {b: b / {"passes": 1, "gmacs": costs.unit / 1e9, "seconds": costs.unit}[args.unit] for b in args.budget}
+    for budget, passes in budgets.items():
+        if not 2 <= passes <= 1000:
+            raise ValueError(f"--budget {budget:g} is {passes:.3g} full passes of {args.ckpt}; need 2 to 1000")
+
+    (Path(args.out) if folder else Path(args.out).parent).mkdir(parents=True, exist_ok=True)
+    trials = [trial(unet, seeds, whole, draw=draw, start=start, progress=True) for seeds in (CALIBRATION, HELD_OUT)]
+    for budget, passes in budgets.items():
+        out = Path(args.out) / f"{Path(args.ckpt).stem}-{budget:g}.json" if folder else Path(args.out)
+        with tqdm(desc=f"budget {budget:g}", unit="plan", disable=None) as bar:
+            if whole:
+                baselines, progress = [], search_alike(trials[0], passes, costs, whole, bar)
+            else:
+                fewer = uncached(unet, min(int(passes), start or unet.diffusion.num_timesteps), samplers, start)
+                judged = [judge(trials[0], recipe) for recipe in fewer]
+                baselines = [min((r for r in judged if r.sampler == name), key=error_of) for name in samplers]
+                progress = search(trials[0], passes, costs, judged, bar)
+            for found in progress:
+                found.save(out)  # whoever interrupts the search keeps the best so far
+                baselines = baselines or [found]
+        print(report(found, trials[1], baselines, costs))
+        print(out, flush=True)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    what, _, how = __doc__.partition("\n\n")
+    parser = Parser(prog="python -m minicache.calibrate", description=what, epilog=how)
+    add = parser.add_argument
+    add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
+    add("--budget", type=float, nargs="+", default=[20.0], help="cost of an image, in --unit (default: 20)")
+    add(
+        "--unit",
+        choices=("passes", "gmacs", "seconds"),
+        default="passes",
+        help="full passes (default), GMACs or seconds",
+    )
+    add("--sampler", default="auto", choices=("auto", *SOLVERS, "ddpm"), help="default auto: the best without noise")
+    add("--steps", type=int, help="be like uncached sampling with so many steps; with --sampler, and needed for ddpm")
+    add("--data", help="begin from these images (shapes, cifar10, a folder or zip), noised to --start")
+    add("--start", type=int, help="timesteps that are still to go from the noised images, as 700; with --data")
+    add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
+    add("--out", default="recipe.json", help="a .json; or a folder, for one <ckpt>-<budget>.json a budget")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run("python -m minicache.calibrate", lambda: main(parse()))

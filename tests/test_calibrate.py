@@ -1,0 +1,182 @@
+"""The search for plans: its laws on a random network, and the commands around it."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_unet
+from tqdm import tqdm
+
+from minicache import CachePlan, Diffusion, Recipe, calibrate, compare, denoise, full, load, uniform
+from minicache.calibrate import Costs, fit, gauss_newton, judge, widest
+from minicache.convert import save
+from minicache.cost import full_passes
+from minicache.protocol import trial, uncached
+from sample import main as sample_main
+from sample import parse as sample_parse
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    unet = random_unet()
+    unet.diffusion = Diffusion(num_timesteps=40, beta_end=0.1)
+    path = tmp_path_factory.mktemp("net") / "net.pt"
+    save(path, unet)
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibration(net):
+    with torch.no_grad():
+        return trial(load(net), range(100, 103))
+
+
+def test_widest_plan_fits_the_budget(calibration):
+    costs = Costs(calibration.unet)
+    plan = widest(6.0, costs, 3, 1, 40)
+    longer = uniform(plan.steps + 3, 3, 1)
+    assert costs(plan) <= 6.0 < costs(longer) and plan.steps - 1 in plan.refresh
+    assert costs(plan) == pytest.approx(full_passes(calibration.unet, plan))
+    assert widest(1.5, costs, 3, 1, 40) is None
+
+
+def test_fitted_alphas_are_the_least_squares(calibration):
+    """Of the uncached features, so any other alpha forecasts them worse."""
+    recipe = Recipe(uniform(10, 4, 2), "dpm++2m", fingerprint=calibration.unet.fingerprint)
+    plan = fit(calibration, recipe)
+    assert plan.refresh == recipe.plan.refresh and plan.forecasts
+    Y = [step.cached_U for step in denoise(calibration.unet, calibration.seeds, sampler="dpm++2m", plan=full(10, 2))]
+
+    def error(i: int, alpha: float) -> float:
+        newer = max(k for k in plan.refresh if k <= i)
+        return (Y[i] - Y[newer] - alpha * (Y[newer] - Y[newer - 4])).double().square().sum().item()
+
+    for i in (5, 6, 7, 9):
+        assert error(i, plan.alpha[i]) < min(error(i, plan.alpha[i] - 0.01), error(i, plan.alpha[i] + 0.01))
+    assert not any(plan.alpha[:5])
+
+
+def test_gauss_newton_lowers_the_error_of_the_image(calibration):
+    recipe = Recipe(uniform(13, 4, 1, "linear"), "ddim", "trailing", fingerprint=calibration.unet.fingerprint)
+    recipe = judge(calibration, recipe)
+    better = gauss_newton(calibration, recipe, tqdm(disable=True))
+    assert better.error < 0.95 * recipe.error
+    assert judge(calibration, better).error == pytest.approx(better.error, rel=1e-4)
+    assert better.plan.refresh == recipe.plan.refresh
+    nothing_to_fit = judge(calibration, replace(recipe, plan=full(5)))
+    assert gauss_newton(calibration, nothing_to_fit, tqdm(disable=True)) == nothing_to_fit
+
+
+def test_command(net, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "HELD_OUT", range(3))
+    calibrate.main(calibrate.parse(["--ckpt", str(net), "--budget", "4", "5", "--out", str(tmp_path)]))
+    out = capsys.readouterr().out
+    assert out.count("| ddim, 4 steps") == 1 and "| plms, 5 steps" in out
+    for budget in (4, 5):
+        recipe = Recipe.load(tmp_path / f"net-{budget}.json")
+        unet = load(net)
+        assert full_passes(unet, recipe.plan) <= budget and recipe.fingerprint == unet.fingerprint
+        on_calibration = trial(unet, calibrate.CALIBRATION)
+        assert on_calibration.errors(recipe).mean().item() == pytest.approx(recipe.error, rel=1e-4)
+        best = min(on_calibration.errors(fewer).mean().item() for fewer in uncached(unet, budget))
+        assert recipe.error <= best * (1 + 1e-6)
+    sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "net-4.json"), "--num", "1",
+                              "--out", str(tmp_path / "x.png")]))  # fmt: skip
+    other = random_unet()
+    other.conv_in = None
+    with pytest.raises(ValueError, match="was made for the weights"):
+        sample_main(sample_parse(["--ckpt", "tiny", "--plan", str(tmp_path / "net-4.json")]))
+
+
+def test_ancestral_sampling_keeps_its_steps(net, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "HELD_OUT", range(2))
+    flags = [
+        "--ckpt",
+        str(net),
+        "--sampler",
+        "ddpm",
+        "--steps",
+        "12",
+        "--budget",
+        "6",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    calibrate.main(calibrate.parse(flags))
+    recipe = Recipe.load(tmp_path / "r.json")
+    assert recipe.sampler == "ddpm" and recipe.plan.steps == 12 and len(recipe.plan.refresh) < 6
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--budget", "1"], "need 2 to 1000"),
+        (["--budget", "3", "4", "--out", "x.json"], "need a folder"),
+        (["--sampler", "ddpm"], "--sampler ddpm needs --steps"),
+        (["--steps", "10"], "--sampler auto contradicts --steps"),
+        (["--start", "10"], "go together"),
+        (["--sampler", "ddim", "--steps", "10", "--budget", "2"], "no plan of 10 steps costs 2"),
+    ],
+)
+def test_bad_input(net, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        calibrate.main(calibrate.parse(["--ckpt", str(net), *flags]))
+
+
+def test_budget_of_the_command_line(net, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"python -m minicache.calibrate --ckpt .*net.pt --budget 7"):
+        sample_main(sample_parse(["--ckpt", str(net), "--budget", "7"]))
+    for flags in (["--interval", "2"], ["--plan", "x.json"], ["--sampler", "ddim"]):
+        with pytest.raises(ValueError, match=f"{flags[0]} contradicts --budget"):
+            sample_main(sample_parse(["--budget", "7", *flags]))
+    sample_main(sample_parse(["--budget", "9", "--num", "1", "--out", str(tmp_path / "x.png")]))
+    shipped = Recipe.load(calibrate.Path(__file__).parent.parent / "weights" / "recipes" / "tiny-10.json")
+    assert f"{shipped.sampler}, {shipped.plan.steps} steps" in capsys.readouterr().out
+
+
+def test_shipped_recipes_fit_the_shipped_weights():
+    folder = calibrate.Path(__file__).parent.parent / "weights" / "recipes"
+    for name in ("tiny", "tiny_cifar10"):
+        unet = load(name)
+        for budget in (10, 15, 20, 30, 50):
+            recipe = Recipe.load(folder / f"{name}-{budget}.json")
+            assert recipe.fingerprint == unet.fingerprint and recipe.start is None
+            assert 0.8 * budget <= full_passes(unet, recipe.plan) <= budget
+
+
+def test_recipes_for_noised_images_are_no_recipes_for_noise(net, tmp_path):
+    Recipe(CachePlan(4, 1, (0,)), start=10).save(tmp_path / "r.json")
+    with pytest.raises(ValueError, match="noised to t = 9,"):
+        sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "r.json")]))
+    with pytest.raises(ValueError, match="start"):
+        (tmp_path / "s.json").write_text(json.dumps({"plan": {"steps": 2, "branch": 1, "refresh": [0]}, "start": "x"}))
+        Recipe.load(tmp_path / "s.json")
+
+
+def test_comparison(net, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    flags = ["--ckpt", str(net), "--budgets", "4", "6", "--num", "3", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="must be at least 2"):
+        compare.main(compare.parse([*flags, "--num", "1"]))
+    with pytest.raises(ValueError, match="not in 1..40"):  # DeepCache's rows have 100 steps
+        compare.main(compare.parse(flags))
+
+
+def test_comparison_of_tiny(tmp_path, capsys, monkeypatch):
+    """Its rows, on a network with as few timesteps as a comparison can have."""
+    unet = random_unet()
+    unet.diffusion = Diffusion(num_timesteps=100, beta_end=0.1)
+    save(tmp_path / "net.pt", unet)
+    compare.main(compare.parse(["--ckpt", str(tmp_path / "net.pt"), "--budgets", "5", "--num", "2",
+                                "--out", str(tmp_path / "c")]))  # fmt: skip
+    with open(tmp_path / "c" / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    fewer = [row for row in rows if row["method"] == "fewer steps, dpm++2m"]
+    assert len(fewer) == 1 and float(fewer[0]["passes"]) == 5
+    assert all(float(row["error"]) <= float(row["worst"]) for row in rows)
+    held = {row["method"]: row for row in rows if row["full_steps"] == "20"}
+    assert {"DeepCache, branch 3", "DeepCache, non-uniform, branch 1", "linear forecast, branch 1"} <= set(held)
+    assert {"table.csv", "table.md", "samples.png"} <= {path.name for path in (tmp_path / "c").iterdir()}
