@@ -6,6 +6,12 @@ writes comparison/table.csv, table.md, error.png (matplotlib, an extra) and samp
 The protocol is that of minicache.protocol, on its held-out seeds. The Frechet distance is that of the network's own
 features (minicache.metrics.unet_features) to those of the reference's images: it ranks methods on one network, with one
 number of images, and nothing else.
+
+    python -m minicache.compare --ckpt tiny_cifar10 --ancestral 1000 --out ancestral
+
+compares plans for ancestral sampling. The reference is the uncached run of the same steps and noise, and the Frechet
+distance is that to an uncached run of other seeds, which the row "uncached" shows the size of; "uncached, more seeds"
+is a third run, and tells how much of a difference is chance.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,11 +60,10 @@ class Row(NamedTuple):
     frechet: float
 
 
-def measure(trial: Trial, method: str, recipe: Recipe, features: Tensor) -> tuple[Row, Tensor]:
-    """A row, and its images; features: of the reference."""
-    images, plan = trial.images(recipe.settings(recipe.fingerprint)), recipe.plan
-    errors = relative_l2(images, trial.reference)
-    row = Row(
+def measure(trial: Trial, method: str, recipe: Recipe, features: Tensor, images: Tensor) -> Row:
+    """features: of the images that the Frechet distance is to."""
+    plan, errors = recipe.plan, relative_l2(images, trial.reference)
+    return Row(
         method,
         recipe.sampler,
         recipe.spacing,
@@ -72,7 +78,6 @@ def measure(trial: Trial, method: str, recipe: Recipe, features: Tensor) -> tupl
         psnr(images, trial.reference).mean().item(),
         frechet_distance(unet_features(trial.unet, images), features),
     )
-    return row, images
 
 
 def methods(unet: UNet, budgets: list[int], recipes: list[Recipe], start: int | None) -> list[tuple[str, Recipe]]:
@@ -95,6 +100,19 @@ def methods(unet: UNet, budgets: list[int], recipes: list[Recipe], start: int | 
     return found + [
         ("calibrated", recipe) for recipe in sorted(recipes, key=lambda recipe: full_passes(unet, recipe.plan))
     ]
+
+
+def ancestral(unet: UNet, steps: int, recipes: list[Recipe]) -> list[tuple[str, Recipe]]:
+    """What is compared in ancestral sampling: reuse and forecast about a fifth of the cost, and calibrated plans."""
+    plans = [
+        (f"{name}, branch {branch}", uniform(steps, interval, branch, forecast))
+        for branch in (1, 2, 3)
+        for interval in (3, 5, 10, 20)
+        for name, forecast in (("DeepCache", "hold"), ("linear forecast", "linear"))
+    ]
+    found = [(name, Recipe(plan, "ddpm")) for name, plan in plans if 0.15 <= full_passes(unet, plan) / steps <= 0.25]
+    mine = [recipe for recipe in recipes if (recipe.sampler, recipe.plan.steps) == ("ddpm", steps)]
+    return found + [("calibrated", recipe) for recipe in mine]
 
 
 def best_spacings(rows: list[tuple[Row, Tensor]]) -> list[tuple[Row, Tensor]]:
@@ -153,19 +171,32 @@ def main(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", unet.fingerprint, args.start)
     print(f"{len(recipes)} calibrated plans for this checkpoint")
-    held_out = trial(unet, range(args.num), draw=draw, start=args.start, progress=True)
-    features, names = unet_features(unet, held_out.reference), methods(unet, args.budgets, recipes, args.start)
+    if args.ancestral:
+        whole = Recipe(full(args.ancestral), "ddpm")
+        held_out, others, more = (
+            trial(unet, range(k * args.num, (k + 1) * args.num), whole, progress=True) for k in range(3)
+        )
+        features, names = unet_features(unet, others.reference), ancestral(unet, args.ancestral, recipes)
+    else:
+        held_out = trial(unet, range(args.num), draw=draw, start=args.start, progress=True)
+        features, names = unet_features(unet, held_out.reference), methods(unet, args.budgets, recipes, args.start)
     measured = []
+    if args.ancestral:  # three runs that are there already; the last one's errors would say nothing
+        row = measure(more, "uncached, more seeds", whole, features, more.reference)
+        measured.append((measure(held_out, "uncached", whole, features, held_out.reference), held_out.reference))
+        measured.append((row._replace(error=math.nan, median=math.nan, worst=math.nan, psnr=math.nan), more.reference))
     for name, recipe in tqdm(names, desc="methods", unit="plan", disable=None):
-        measured.append(measure(held_out, name, recipe, features))
+        images = held_out.images(recipe.settings(recipe.fingerprint))
+        measured.append((measure(held_out, name, recipe, features, images), images))
     measured = best_spacings(measured)
     rows = [row for row, _ in measured]
     for name, text in (("table.csv", as_csv(rows)), ("table.md", as_markdown(rows))):
         with replacing(out / name) as temporary:
             temporary.write_text(text)
     where = "pure noise" if args.start is None else f"images noised to t = {args.start - 1}"
-    draw_errors(out / "error.png", rows, f"{args.ckpt}, from {where}, {args.num} held-out seeds")
-    near = [(row, images) for row, images in measured if row.passes <= 22 or (row.steps == 100 and row.branch is None)]
+    if not args.ancestral:
+        draw_errors(out / "error.png", rows, f"{args.ckpt}, from {where}, {args.num} held-out seeds")
+    near = [(row, images) for row, images in measured if 18 <= row.passes <= 22 or row.steps == args.ancestral]
     sheet = [("reference", held_out.reference)] + [(row.method, images) for row, images in near]
     save_png(out / "samples.png", grid(to_uint8(torch.cat([images[:SHOWN] for _, images in sheet])), columns=SHOWN), 2)
     print(as_markdown(rows))
@@ -183,6 +214,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num", type=int, default=32, help="held-out seeds (default: 32)")
     add("--data", help="begin from these images (shapes, cifar10, a folder or zip), noised to --start")
     add("--start", type=int, help="timesteps that are still to go from the noised images, as 700; with --data")
+    add("--ancestral", type=int, metavar="STEPS", help="compare plans for ancestral sampling (DDPM) of so many steps")
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
     return parser.parse_args(argv)
 

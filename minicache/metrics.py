@@ -42,11 +42,12 @@ def cosine_similarity(steps: Iterable[Step]) -> Tensor:
 
 
 @torch.no_grad()
-def unet_features(unet: UNet, images: Tensor, t: int = 50, batch_size: int = 64) -> Tensor:
-    """[B, C] float64: the middle of a diffusion network, averaged over pixels, at images scaled to timestep t.
+def unet_features(unet: UNet, images: Tensor, batch_size: int = 64) -> Tensor:
+    """[B, C] float64: the middle of a diffusion network, averaged over pixels, at images scaled to a low timestep.
 
     Offline features that every checkpoint brings along. Distances in them are comparable within one checkpoint alone.
     """
+    t = unet.diffusion.num_timesteps // 20
     signal = unet.diffusion.alphas_bar[t].sqrt().item()
     parts = images.clamp(-1, 1).split(batch_size)
     middles = [unet.forward_full(signal * part, t, branch=len(unet.D))[1] for part in parts]

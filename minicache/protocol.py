@@ -26,6 +26,7 @@ from minicache.unet import UNet
 
 CALIBRATION = range(10_000, 10_008)
 HELD_OUT = range(32)
+BATCH = 16
 SOLVERS = ("ddim", "dpm++2m", "plms")  # the samplers without noise, which share one limit as steps grow
 
 
@@ -39,7 +40,7 @@ class Trial:
     reference: Tensor  # [len(seeds), C, H, W]
 
     def images(self, settings: dict[str, Any]) -> Tensor:
-        return sample(self.unet, self.seeds, x_T=self.x_T, batch_size=16, clip_x0=False, **settings)
+        return sample(self.unet, self.seeds, x_T=self.x_T, batch_size=BATCH, **settings)
 
     def errors(self, recipe: Recipe) -> Tensor:
         """Relative L2 of each image, [len(seeds)]."""
@@ -59,8 +60,8 @@ def trial(
     if (draw is None) != (start is None):
         raise ValueError("images and start go together: the images are noised to t = start - 1")
     x_T = None if draw is None else noised(unet, seeds, draw, start)
-    settings = (reference or finest(unet, start)).settings()
-    images = sample(unet, seeds, x_T=x_T, batch_size=16, clip_x0=False, progress=progress, **settings)
+    settings = (reference or finest(unet, start)).settings(unet.fingerprint)
+    images = sample(unet, seeds, x_T=x_T, batch_size=BATCH, progress=progress, **settings)
     return Trial(unet, seeds, x_T, images)
 
 
@@ -81,7 +82,7 @@ def noised(unet: UNet, seeds: Sequence[int], draw: Source, start: int) -> Tensor
 
 def spacings(unet: UNet, start: int | None) -> list[str]:
     """Those that may be used: all from pure noise; from noised images those that begin where the noise is."""
-    return [name for name in SPACINGS if start is None or timesteps(10, name, start)[0] == start - 1]
+    return [name for name in SPACINGS if start is None or timesteps(2, name, start)[0] == start - 1]
 
 
 def uncached(unet: UNet, steps: int, samplers: Sequence[str] = SOLVERS, start: int | None = None) -> list[Recipe]:
