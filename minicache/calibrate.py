@@ -16,8 +16,6 @@ those who must have one sampler's pictures, and for ancestral sampling, whose al
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,48 +26,18 @@ from tqdm import tqdm
 
 from minicache.checkpoints import load
 from minicache.cli import Parser, choose_device, run
-from minicache.cost import macs
+from minicache.cost import Costs
 from minicache.data import source
 from minicache.plan import CachePlan, from_refreshes, full, uniform
 from minicache.protocol import CALIBRATION, HELD_OUT, SOLVERS, Trial, trial, uncached
 from minicache.recipe import Recipe
 from minicache.samplers import denoise
-from minicache.unet import UNet
 
-BRANCHES = (1, 2, 3)
 INTERVALS = (2, 3, 4, 6)
 PAIRS = 2  # of sampler and spacing that the whole sweep is made for
 FINALISTS = 2  # of the sweep, whose refreshes are moved
 MOVES = 24  # of refreshes that are tried for each
 DELTA = 0.05  # of alpha, in Gauss-Newton's differences
-
-
-class Costs:
-    """What a pass costs, in full passes of this network: by MACs, or by the clock."""
-
-    def __init__(self, unet: UNet, seconds: bool = False):
-        of = seconds_of if seconds else macs
-        self.unit = of(unet)  # MACs or seconds of a full pass, for one image
-        self.partial = {branch: of(unet, branch) / self.unit for branch in BRANCHES if branch <= len(unet.D)}
-
-    def __call__(self, plan: CachePlan) -> float:
-        refreshes = len(plan.refresh)
-        partial = self.partial[plan.branch] if refreshes < plan.steps else 0.0
-        return refreshes + (plan.steps - refreshes) * partial
-
-
-@torch.no_grad()
-def seconds_of(unet: UNet, branch: int | None = None, batch: int = 16) -> float:
-    """Of one pass, an image: the median of 7 passes."""
-    x = torch.randn(batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=unet.conv_out.weight.device)
-    cached_U, times = unet.forward_full(x, 500, branch or 1)[1], []
-    for _ in range(7):
-        began = time.perf_counter()
-        (
-            unet.forward_full(x, 500, 1)[0] if branch is None else unet.forward_partial(x, 500, cached_U, branch)
-        ).sum().item()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) / batch
 
 
 def judge(trial: Trial, recipe: Recipe) -> Recipe:

@@ -8,6 +8,8 @@ products are reported apart); activations are float32.
 
 from __future__ import annotations
 
+import statistics
+import time
 from functools import cache
 from typing import NamedTuple
 
@@ -88,6 +90,33 @@ def plan_macs(unet: UNet, plan: CachePlan) -> int:
 def full_passes(unet: UNet, plan: CachePlan) -> float:
     """A plan's MACs, in full passes of this network: what uncached sampling with as many steps would cost."""
     return plan_macs(unet, plan) / macs(unet)
+
+
+class Costs:
+    """What a plan costs, in full passes of this network: by MACs, or by the clock."""
+
+    def __init__(self, unet: UNet, seconds: bool = False):
+        of = seconds_of if seconds else macs
+        self.unit = of(unet)  # MACs or seconds of a full pass, for one image
+        self.partial = {branch: of(unet, branch) / self.unit for branch in range(1, min(3, len(unet.D)) + 1)}
+
+    def __call__(self, plan: CachePlan) -> float:
+        refreshes = len(plan.refresh)
+        partial = self.partial[plan.branch] if refreshes < plan.steps else 0.0
+        return refreshes + (plan.steps - refreshes) * partial
+
+
+@torch.no_grad()
+def seconds_of(unet: UNet, branch: int | None = None, batch: int = 16) -> float:
+    """Of one pass, an image: the median of 7 passes."""
+    x = torch.randn(batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=unet.conv_out.weight.device)
+    cached_U, times = unet.forward_full(x, 500, branch or 1)[1], []
+    for _ in range(7):
+        began = time.perf_counter()
+        eps = unet(x, 500) if branch is None else unet.forward_partial(x, 500, cached_U, branch)
+        eps.sum().item()  # waits for the device
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) / batch
 
 
 def cache_bytes(unet: UNet, plan: CachePlan) -> int:

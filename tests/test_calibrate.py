@@ -10,9 +10,9 @@ from conftest import random_unet
 from tqdm import tqdm
 
 from minicache import CachePlan, Diffusion, Recipe, calibrate, compare, denoise, full, load, uniform
-from minicache.calibrate import Costs, fit, gauss_newton, judge, widest
+from minicache.calibrate import fit, gauss_newton, judge, widest
 from minicache.convert import save
-from minicache.cost import full_passes
+from minicache.cost import Costs, full_passes
 from minicache.protocol import trial, uncached
 from sample import main as sample_main
 from sample import parse as sample_parse
