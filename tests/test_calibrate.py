@@ -70,6 +70,7 @@ def test_gauss_newton_lowers_the_error_of_the_image(calibration):
 
 
 def test_command(net, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "CHECK", range(10, 13))
     monkeypatch.setattr(calibrate, "HELD_OUT", range(3))
     calibrate.main(calibrate.parse(["--ckpt", str(net), "--budget", "4", "5", "--out", str(tmp_path)]))
     out = capsys.readouterr().out
@@ -78,16 +79,24 @@ def test_command(net, tmp_path, capsys, monkeypatch):
         recipe = Recipe.load(tmp_path / f"net-{budget}.json")
         unet = load(net)
         assert full_passes(unet, recipe.plan) <= budget and recipe.fingerprint == unet.fingerprint
-        on_calibration = trial(unet, calibrate.CALIBRATION)
-        assert on_calibration.errors(recipe).mean().item() == pytest.approx(recipe.error, rel=1e-4)
-        best = min(on_calibration.errors(fewer).mean().item() for fewer in uncached(unet, budget))
-        assert recipe.error <= best * (1 + 1e-6)
+        check = trial(unet, calibrate.CHECK)
+        assert check.errors(recipe).mean().item() == pytest.approx(recipe.error, rel=1e-4)
+        plms = [check.errors(fewer).mean().item() for fewer in uncached(unet, budget, ("plms",))]
+        assert recipe.error <= max(plms)
     sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "net-4.json"), "--num", "1",
                               "--out", str(tmp_path / "x.png")]))  # fmt: skip
     other = random_unet()
     other.conv_in = None
     with pytest.raises(ValueError, match="was made for the weights"):
         sample_main(sample_parse(["--ckpt", "tiny", "--plan", str(tmp_path / "net-4.json")]))
+
+
+def test_a_plan_that_is_worse_than_fewer_steps_is_not_returned(calibration):
+    """Where the search was misled by its few seeds."""
+    good, bad = (Recipe(plan, "ddim", "trailing", fingerprint=calibration.unet.fingerprint)
+                 for plan in (full(8), CachePlan(20, 1, (0,))))  # fmt: skip
+    found = calibrate.checked(calibration, replace(bad, error=0.0), [replace(good, error=1.0)])
+    assert found.plan == good.plan and found.error == pytest.approx(calibration.errors(good).mean().item())
 
 
 def test_ancestral_sampling_keeps_its_steps(net, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ from minicache.metrics import (
     relative_l2,
     unet_features,
 )
-from minicache.protocol import CALIBRATION, HELD_OUT, noised, trial, uncached
+from minicache.protocol import CALIBRATION, CHECK, HELD_OUT, noised, trial, uncached
 
 
 def test_pairs():
@@ -85,7 +85,7 @@ def test_samples_are_read_back(tmp_path, capsys, monkeypatch):
 
 
 def test_protocol(unet):
-    assert not set(CALIBRATION) & set(HELD_OUT)
+    assert len({*CALIBRATION, *CHECK, *HELD_OUT}) == len(CALIBRATION) + len(CHECK) + len(HELD_OUT)
     unet.diffusion = Diffusion(num_timesteps=20)
     try:
         pure = trial(unet, [3, 4])
