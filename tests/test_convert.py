@@ -261,7 +261,9 @@ def test_configs_that_cannot_be_honoured(tmp_path, unet, file, field, value):
     save_diffusers(tmp_path / "net", unet)
     path = tmp_path / "net" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    words = {"variance_type": "variance=", "num_train_timesteps": "num_timesteps="}.get(field, field)
+    words = {"variance_type": "variance=", "num_train_timesteps": "num_timesteps=", "norm_num_groups": "groups="}.get(
+        field, field
+    )
     with pytest.raises(ValueError, match=words):
         read(tmp_path / "net")
 
