@@ -146,7 +146,7 @@ def draw_errors(path: Path, rows: list[Row], title: str) -> None:
     except ImportError:
         print("no error.png: it needs matplotlib (pip install 'minicache[notebooks]')")
         return
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots(1, 2)
     for name in dict.fromkeys(row.method for row in rows):
         points = sorted((row for row in rows if row.method == name), key=lambda row: row.passes)
@@ -156,7 +156,7 @@ def draw_errors(path: Path, rows: list[Row], title: str) -> None:
             axis.plot([point.passes for point in points], values, style, label=name, markersize=5)
     for axis, label in zip(axes, ("mean relative L2 to the reference", "Frechet distance of the network's features")):
         axis.set(xscale="log", yscale="log", xlabel="cost in full passes", ylabel=label)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
