@@ -6,7 +6,7 @@
 Every plan is judged by the one thing that counts, the error of the final image (see minicache.protocol), on calibration
 seeds; then the best one has to beat fewer steps on other seeds, or fewer steps are what is returned; what is printed
 is the error on seeds held out from both. The search:
-1. sweep: sampler x spacing x branch x 1:N, as many steps as the budget allows, with a linear forecast and without;
+1. sweep: sampler x spacing x branch x 1:N, as many steps as the budget allows, with a linear forecast;
    uncached sampling is among the candidates, so that a plan is never worse than fewer steps;
 2. climb: move each refresh of the best few by a step or two, as long as the error falls;
 3. fit: one alpha a step, in closed form on uncached features, then by Gauss-Newton on the error itself.
@@ -17,8 +17,9 @@ those who must have one sampler's pictures, and for ancestral sampling, whose al
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,9 @@ MOVES = 24  # of refreshes that are tried for each
 DELTA = 0.05  # of alpha, in Gauss-Newton's differences
 
 
-def judge(trial: Trial, recipe: Recipe) -> Recipe:
+def judge(trial: Trial, recipe: Recipe, bar: tqdm | None = None) -> Recipe:
+    if bar is not None:
+        bar.update()
     return replace(recipe, error=trial.errors(recipe).mean().item())
 
 
@@ -60,11 +63,7 @@ def widest(budget: float, costs: Costs, interval: int, branch: int, most: int) -
 
 def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], bar: tqdm) -> Iterator[Recipe]:
     """Ever better recipes, each with its error on the trial's seeds; baseline: uncached ones, with theirs."""
-    most = baseline[0].start or trial.unet.diffusion.num_timesteps
-
-    def judged(recipe: Recipe) -> Recipe:
-        bar.update()
-        return judge(trial, recipe)
+    most, judged = baseline[0].start or trial.unet.diffusion.num_timesteps, partial(judge, trial, bar=bar)
 
     def best(recipes: list[Recipe]) -> Recipe:
         found = min(recipes, key=error_of)
@@ -91,12 +90,7 @@ def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], ba
 
 def search_alike(trial: Trial, budget: float, costs: Costs, whole: Recipe, bar: tqdm) -> Iterator[Recipe]:
     """The like for plans with the steps of `whole`, the uncached run that is the reference; reuse comes first."""
-
-    def judged(recipe: Recipe) -> Recipe:
-        bar.update()
-        return judge(trial, recipe)
-
-    steps, helds = whole.plan.steps, []
+    steps, helds, judged = whole.plan.steps, [], partial(judge, trial, bar=bar)
     for branch in costs.partial:
         plans = (uniform(steps, interval, branch) for interval in range(2, steps + 1))
         helds += [replace(whole, plan=plan) for plan in plans if costs(plan) <= budget][:1]
@@ -113,7 +107,7 @@ def search_alike(trial: Trial, budget: float, costs: Costs, whole: Recipe, bar: 
         yield gauss_newton(trial, found, bar)
 
 
-def climb(recipe: Recipe, judged) -> Recipe:
+def climb(recipe: Recipe, judged: Callable[[Recipe], Recipe]) -> Recipe:
     """Move refreshes, one at a time, while the error falls; MOVES tries, shared evenly among them."""
     steps, branch = recipe.plan.steps, recipe.plan.branch
     tries = [(k, by) for by in (-1, 1, -2, 2) for k in range(1, len(recipe.plan.refresh))]
@@ -131,8 +125,8 @@ def fit(trial: Trial, recipe: Recipe) -> CachePlan:
 
     alpha_t = sum <Y_t - Y_j, Y_j - Y_i> / sum |Y_j - Y_i|^2, i < j the last two refreshes before t.
     """
-    plan, settings = recipe.plan, recipe.settings(recipe.fingerprint)
-    settings["plan"] = full(plan.steps, plan.branch)
+    plan = recipe.plan
+    settings = replace(recipe, plan=full(plan.steps, plan.branch)).settings(trial.unet.fingerprint)
     alpha, older, newer = [0.0] * plan.steps, None, None
     for step in denoise(trial.unet, trial.seeds, x_T=trial.x_T, **settings):
         if step.i in plan.refresh:
@@ -153,8 +147,8 @@ def gauss_newton(trial: Trial, recipe: Recipe, bar: tqdm) -> Recipe:
 
     def residuals(alpha: tuple[float, ...]) -> Tensor:  # [seeds, CHW]
         bar.update()
-        settings = replace(recipe, plan=replace(recipe.plan, alpha=alpha)).settings(recipe.fingerprint)
-        return ((trial.images(settings) - trial.reference).flatten(1) / norms).double().cpu()
+        images = trial.images(replace(recipe, plan=replace(recipe.plan, alpha=alpha)))
+        return ((images - trial.reference).flatten(1) / norms).double().cpu()
 
     alpha, plan = recipe.plan.alpha, recipe.plan
     second = plan.refresh[1] if len(plan.refresh) > 1 else plan.steps

@@ -186,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
         measured.append((measure(held_out, "uncached", whole, features, held_out.reference), held_out.reference))
         measured.append((row._replace(error=math.nan, median=math.nan, worst=math.nan, psnr=math.nan), more.reference))
     for name, recipe in tqdm(names, desc="methods", unit="plan", disable=None):
-        images = held_out.images(recipe.settings(recipe.fingerprint))
+        images = held_out.images(recipe)
         measured.append((measure(held_out, name, recipe, features, images), images))
     measured = best_spacings(measured)
     rows = [row for row, _ in measured]

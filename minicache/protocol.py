@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +40,13 @@ class Trial:
     x_T: Tensor | None  # None: pure noise, from the seeds
     reference: Tensor  # [len(seeds), C, H, W]
 
-    def images(self, settings: dict[str, Any]) -> Tensor:
+    def images(self, recipe: Recipe) -> Tensor:
+        settings = recipe.settings(self.unet.fingerprint)
         return sample(self.unet, self.seeds, x_T=self.x_T, batch_size=BATCH, **settings)
 
     def errors(self, recipe: Recipe) -> Tensor:
         """Relative L2 of each image, [len(seeds)]."""
-        return relative_l2(self.images(recipe.settings(recipe.fingerprint)), self.reference)
+        return relative_l2(self.images(recipe), self.reference)
 
 
 def trial(
@@ -82,7 +82,7 @@ def noised(unet: UNet, seeds: Sequence[int], draw: Source, start: int) -> Tensor
     return torch.cat(parts)
 
 
-def spacings(unet: UNet, start: int | None) -> list[str]:
+def spacings(start: int | None) -> list[str]:
     """Those that may be used: all from pure noise; from noised images those that begin where the noise is."""
     return [name for name in SPACINGS if start is None or timesteps(2, name, start)[0] == start - 1]
 
@@ -92,5 +92,5 @@ def uncached(unet: UNet, steps: int, samplers: Sequence[str] = SOLVERS, start: i
     return [
         Recipe(full(steps), sampler, spacing, start=start, fingerprint=unet.fingerprint)
         for sampler in samplers
-        for spacing in spacings(unet, start)
+        for spacing in spacings(start)
     ]
