@@ -3,7 +3,8 @@
     python -m minicache.compare --ckpt tiny --out comparison
 
 writes comparison/table.csv, table.md, error.png (matplotlib, an extra) and samples.png: the same seeds, a row a method.
-The protocol is that of minicache.protocol, on its held-out seeds. The Frechet distance is that of the network's own
+The protocol is that of minicache.protocol, on its held-out seeds; the row "half the reference's steps" is the
+reference's floor: errors near it say nothing. The Frechet distance is that of the network's own
 features (minicache.metrics.unet_features) to those of the reference's images: it ranks methods on one network, with one
 number of images, and nothing else.
 
@@ -20,6 +21,7 @@ import argparse
 import csv
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +37,12 @@ from minicache.files import replacing
 from minicache.images import grid, save_png, to_uint8
 from minicache.metrics import frechet_distance, psnr, relative_l2, unet_features
 from minicache.plan import full, nonuniform, uniform
-from minicache.protocol import Trial, trial, uncached
+from minicache.protocol import Trial, finest, trial, uncached
 from minicache.recipe import Recipe, recipes_in
 from minicache.unet import UNet
 
 SHOWN = 8  # images a row of samples.png
+FLOOR = "half the reference's steps"
 
 
 class Row(NamedTuple):
@@ -97,9 +100,9 @@ def methods(unet: UNet, budgets: list[int], recipes: list[Recipe], start: int | 
                 (f"DeepCache, non-uniform, branch {branch}", ddim(nonuniform(100, interval, 50, 1.2, branch))),
                 (f"linear forecast, branch {branch}", ddim(uniform(100, interval, branch, "linear"))),
             ]
-    return found + [
-        ("calibrated", recipe) for recipe in sorted(recipes, key=lambda recipe: full_passes(unet, recipe.plan))
-    ]
+    found += [("calibrated", recipe) for recipe in sorted(recipes, key=lambda recipe: full_passes(unet, recipe.plan))]
+    reference = finest(unet, start)
+    return [*found, (FLOOR, replace(reference, plan=full(reference.plan.steps // 2)))]
 
 
 def ancestral(unet: UNet, steps: int, recipes: list[Recipe]) -> list[tuple[str, Recipe]]:
@@ -148,12 +151,15 @@ def draw_errors(path: Path, rows: list[Row], title: str) -> None:
         return
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots(1, 2)
-    for name in dict.fromkeys(row.method for row in rows):
+    floors = [row.error for row in rows if row.method == FLOOR]
+    for name in dict.fromkeys(row.method for row in rows if row.method != FLOOR):
         points = sorted((row for row in rows if row.method == name), key=lambda row: row.passes)
         style = {"calibrated": "k*-"}.get(name, "o--" if name.startswith("fewer") else "s:")
         for axis, field in zip(axes, ("error", "frechet")):
             values = [getattr(point, field) for point in points]
             axis.plot([point.passes for point in points], values, style, label=name, markersize=5)
+    for floor in floors:
+        axes[0].axhline(floor, color="0.6", linewidth=1, label=f"the reference's floor: {FLOOR}")
     for axis, label in zip(axes, ("mean relative L2 to the reference", "Frechet distance of the network's features")):
         axis.set(xscale="log", yscale="log", xlabel="cost in full passes", ylabel=label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

@@ -177,6 +177,7 @@ def test_comparison(tmp_path):
     assert all(float(row["error"]) <= float(row["worst"]) for row in rows)
     held = {row["method"]: row for row in rows if row["full_steps"] == "20"}
     assert {"DeepCache, branch 3", "DeepCache, non-uniform, branch 1", "linear forecast, branch 1"} <= set(held)
+    assert rows[-1]["method"] == compare.FLOOR and float(rows[-1]["error"]) < float(fewer[0]["error"])
     with pytest.raises(ValueError, match="--num 1 must be at least 2"):
         compare.main(compare.parse(["--num", "1"]))
     assert {"table.csv", "table.md", "samples.png"} <= {path.name for path in (tmp_path / "c").iterdir()}
