@@ -7,7 +7,8 @@ examples:
   python sample.py --sampler dpm++2m --steps 25 --interval 3 --branch 1 --forecast linear
   python sample.py --budget 20                                      # the best plan known for 20 full passes
   python sample.py --num 16 --out denoise.gif                       # watch them emerge
-  python sample.py --num 1000 --batch-size 100 --out samples.npz    # for an evaluator
+  python sample.py --num 50000 --dtype auto --out samples.npz       # for an evaluator; begin again after a crash
+  torchrun --nproc-per-node 2 -- sample.py --num 50000 --out pngs   # a folder, drawn by two processes or GPUs
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import math
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,18 @@ import torch
 
 from minicache import CachePlan, Recipe, denoise, full, load, nonuniform, sample, uniform
 from minicache.checkpoints import REGISTRY, embedded_folder
-from minicache.cli import Parser, choose_device, run
+from minicache.cli import Parser, run
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import VARIANCES
-from minicache.images import ENDINGS, beside, enlargement, grid, save_folder, save_gif, save_npz, save_png, to_uint8
+from minicache.images import beside, enlargement, grid, save_gif, save_png, to_uint8
+from minicache.placement import DTYPES, MEMORY_FORMATS, Placement, choose, place
 from minicache.plan import FORECASTS
 from minicache.recipe import recipes_in
 from minicache.samplers import SAMPLERS, SPACINGS, STEPS
+from minicache.shards import ImageSet, fill, rank_and_world
 from minicache.unet import UNet
 
+ENDINGS = (".png", ".gif", ".npz")
 FRAMES = 50  # of an animation, at most
 
 
@@ -42,13 +47,29 @@ def main(args: argparse.Namespace) -> None:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)} must be at least {least}")
     seeds = range(args.seed, args.seed + args.num)
-    recipe, device = recipe_from(args), choose_device(args.device)
-    unet = load(args.ckpt, device=device, dtype=getattr(torch, args.dtype))
+    recipe, out = recipe_from(args), Path(args.out)
+    rank, world = rank_and_world()
+    shown = out.suffix in (".png", ".gif")
+    if args.compare and not shown:
+        raise ValueError(f"--compare is for pictures to look at, .png or .gif, not for --out {out}")
+    if world > 1 and shown:
+        raise ValueError(f"--out {out}: {world} processes share the work of an .npz or a folder, not of one picture")
+    compile = {"auto": "auto", "yes": True, "no": False}[args.compile]
+    placement = choose(args.device, args.dtype, args.memory_format.replace("-", "_"), compile)
+    unet = place(load(args.ckpt), placement)
     recipe = recipe or recipe_within(args, unet)
     settings = {**recipe.settings(unet.fingerprint), "clip_x0": args.clip}
-    out = prepare_out(args.out)
-    describe(args, unet, settings)
+    prepare_out(out)
+    if rank == 0:
+        describe(args, unet, settings, placement)
+    if shown:
+        show(args, unet, seeds, settings, out)
+    else:
+        fill_set(args, unet, seeds, recipe, settings, placement, out)
 
+
+def show(args: argparse.Namespace, unet: UNet, seeds: range, settings: dict[str, Any], out: Path) -> None:
+    """A grid, or an animation; beside the uncached one where that is asked for."""
     plan, film = settings["plan"], out.suffix == ".gif"
     uncached = {**settings, "plan": full(plan.steps)}
     if args.compare:  # the first pass of each kind prepares kernels, which is no part of what is compared
@@ -59,13 +80,49 @@ def main(args: argparse.Namespace) -> None:
         frames_full, seconds_full = draw(unet, seeds, args.batch_size, uncached, film)
         predicted = plan_macs(unet, uncached["plan"]) / plan_macs(unet, plan)
         compare(frames[-1], frames_full[-1], seconds, seconds_full, predicted)
-    write(out, frames, frames_full if args.compare else None, seeds)
-    print(out if not args.compare or out.suffix not in (".png", ".gif") else f"{out} (left: uncached, right: as above)")
+    scale = enlargement(frames[0].shape[1])
+    sheets = [grid(frame) for frame in frames]
+    if args.compare:
+        sheets = [beside(grid(uncached), sheet) for uncached, sheet in zip(frames_full, sheets)]
+    if film:
+        save_gif(out, sheets, scale)
+    else:
+        save_png(out, sheets[-1], scale)
+    print(f"{out} (left: uncached, right: as above)" if args.compare else out)
 
 
-def prepare_out(name: str) -> Path:
+def fill_set(
+    args: argparse.Namespace,
+    unet: UNet,
+    seeds: range,
+    recipe: Recipe,
+    settings: dict[str, Any],
+    placement: Placement,
+    out: Path,
+) -> None:
+    """An .npz or a folder, in shards: what an earlier run of the same line has drawn is not drawn again."""
+    manifest = {
+        "weights": unet.fingerprint,
+        **asdict(recipe),
+        "clip": args.clip,
+        "seed": args.seed,
+        "num": args.num,
+        "batch_size": args.batch_size,
+        "placement": str(replace(placement, device=torch.device(placement.device.type))),
+        "torch": torch.__version__,
+    }
+    images = ImageSet(out, seeds, args.batch_size, manifest)
+    began = time.perf_counter()
+    drawn = fill(images, lambda shard: draw(unet, shard, args.batch_size, settings, film=False)[0][-1])
+    seconds, (rank, world) = time.perf_counter() - began, rank_and_world()
+    if rank == 0:
+        share = f" by the first of {world} processes" if world > 1 else ""
+        print(f"{drawn} images drawn{share} in {seconds:.1f} s: {drawn / seconds:.2f} images/s")
+        print(f"{out}: {args.num} images (seeds {seeds[0]}..{seeds[-1]})")
+
+
+def prepare_out(out: Path) -> None:
     """Refuse, before the work, what could not be written after it."""
-    out = Path(name)
     folder = out.suffix == ""
     if not folder and out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: the ending must be {', '.join(ENDINGS)}, or none, for a folder of PNGs")
@@ -77,7 +134,6 @@ def prepare_out(name: str) -> Path:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise ValueError(f"--out {out}: its folder cannot be made or written to ({error.strerror})") from None
-    return out
 
 
 def recipe_within(args: argparse.Namespace, unet: UNet) -> Recipe:
@@ -124,10 +180,11 @@ def recipe_from(args: argparse.Namespace) -> Recipe | None:
     return Recipe(plan, args.sampler or "ddim", args.spacing or "uniform", args.eta or 0.0, args.variance)
 
 
-def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any]) -> None:
-    plan, device = settings["plan"], next(unet.parameters()).device
-    where = {"cpu": f"cpu ({torch.get_num_threads()} threads)"}.get(device.type, str(device))
-    print(f"{args.ckpt}: {sum(p.numel() for p in unet.parameters()):,} parameters, {args.dtype} on {where}")
+def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], placement: Placement) -> None:
+    plan = settings["plan"]
+    print(f"{args.ckpt}: {sum(p.numel() for p in unet.parameters()):,} parameters, {placement}")
+    if placement.why:
+        print(f"  auto: {placement.why}")
     if args.ckpt in REGISTRY and REGISTRY[args.ckpt].note:
         print(f"  {REGISTRY[args.ckpt].note}")
     eta = f", eta {settings['eta']}" if settings["eta"] else ""
@@ -174,21 +231,6 @@ def compare(images: np.ndarray, uncached: np.ndarray, seconds: float, seconds_fu
           f"largest difference {abs(difference).max():.0f} of 255")  # fmt: skip
 
 
-def write(out: Path, frames: list[np.ndarray], frames_full: list[np.ndarray] | None, seeds: range) -> None:
-    scale = enlargement(frames[0].shape[1])
-    sheets = [grid(frame) for frame in frames] if out.suffix in (".png", ".gif") else []
-    if frames_full:
-        sheets = [beside(grid(uncached), sheet) for uncached, sheet in zip(frames_full, sheets)]
-    if out.suffix == ".png":
-        save_png(out, sheets[-1], scale)
-    elif out.suffix == ".gif":
-        save_gif(out, sheets, scale)
-    elif out.suffix == ".npz":
-        save_npz(out, frames[-1])
-    else:
-        save_folder(out, frames[-1], seeds)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what, _, examples = __doc__.partition("\n\n")
     parser = Parser(prog="sample.py", description=what, epilog=examples)
@@ -199,9 +241,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="a name (python -m minicache.checkpoints lists them), file or folder; default tiny",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
+    add("--dtype", default="float32", choices=("auto", *DTYPES), help="of the network; default float32")
     add(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the network; default float32"
+        "--memory-format",
+        default="auto",
+        choices=("auto", *(name.replace("_", "-") for name in MEMORY_FORMATS)),
+        help="default auto: channels-last in 16 bits",
     )
+    add("--compile", default="no", choices=("auto", "yes", "no"), help="torch.compile; auto: on a GPU; default no")
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
     add("--steps", type=int, help=f"default {STEPS}")

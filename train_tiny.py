@@ -27,11 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.cli import Parser, choose_device, run
+from minicache.cli import Parser, run
 from minicache.convert import read_file, save
 from minicache.data import Source, source
 from minicache.diffusion import Diffusion
 from minicache.images import beside, enlargement, grid, save_png, to_uint8
+from minicache.placement import DTYPES, choose_device, fastest_dtype
 from minicache.samplers import sample
 from minicache.unet import UNet, UNetConfig
 
@@ -89,7 +90,7 @@ def main(
     optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     arguments = {"data": data, "batch_size": batch_size, "ema": ema, "jitter": jitter, "seed": seed}
     start = restore(last, unet, average, optimizer, arguments) if resume else 0
-    low_precision = faster_in_bf16(device) if dtype == "auto" else dtype == "bfloat16"
+    low_precision = (fastest_dtype(device)[0] if dtype == "auto" else DTYPES[dtype]) == torch.bfloat16
     folder.mkdir(parents=True, exist_ok=True)
     parameters, precision = sum(p.numel() for p in unet.parameters()), "bf16" if low_precision else "float32"
     print(f"{parameters:,} parameters, {precision}, {device}, {torch.get_num_threads()} threads", flush=True)
@@ -190,20 +191,6 @@ def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimi
     return content["training"]["step"]
 
 
-def faster_in_bf16(device: torch.device) -> bool:
-    """Whether this machine's convolutions are faster in bfloat16: it is tried."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        conv = torch.nn.Conv2d(64, 64, 3, padding=1).to(device, dtype)
-        x, times = torch.randn(16, 64, 32, 32, device=device, dtype=dtype), []
-        for _ in range(5):
-            began = time.perf_counter()
-            conv(x).sum().item()
-            times.append(time.perf_counter() - began)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
-
-
 def preview(unet: UNet, path: Path) -> None:
     """Left: DDPM, clipped. Right: DDIM, unclipped, which shows errors of colour that clipping hides."""
     grids = [
@@ -257,7 +244,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help=f"the schedule's last beta; Ho et al. have 0.02 (default: {BETA_END}, or --init's)",
     )
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: bfloat16 where the hardware has it",
+    )
     return parser.parse_args(argv)
 
 

@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.cli import Parser, choose_device, run
+from minicache.cli import Parser, run
 from minicache.cost import Costs
 from minicache.data import source
+from minicache.placement import choose_device
 from minicache.plan import CachePlan, from_refreshes, full, uniform
 from minicache.protocol import CALIBRATION, CHECK, HELD_OUT, SOLVERS, Trial, trial, uncached
 from minicache.recipe import Recipe

@@ -16,6 +16,7 @@ import torch
 from minicache.cli import Parser, run
 from minicache.convert import read
 from minicache.files import cache_folder, digest, fetch
+from minicache.placement import choose, place
 from minicache.unet import UNet, UNetConfig
 
 TOLERANCE = 1e-3  # of diffusers' own test of these values
@@ -69,14 +70,18 @@ def load(
     *,
     config: UNetConfig | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
+    memory_format: str | torch.memory_format = "auto",
+    compile: str | bool = False,
 ) -> UNet:
     """A network from a name or path, in eval mode, with `.config`, `.diffusion` and `.fingerprint`.
 
     name_or_path: see `python -m minicache.checkpoints`, or any file or folder that `convert.read` knows; config: for
-    bare state dicts whose shapes leave it open. Raises ValueError, or ConnectionError where a download fails.
+    bare state dicts whose shapes leave it open. device, dtype, memory_format, compile: see `placement.choose`, which
+    knows what is best where any of them is "auto". Raises ValueError, or ConnectionError where a download fails.
     """
-    return read(locate(name_or_path), config).to(device, dtype)
+    placement = choose(device, dtype, memory_format, compile)
+    return place(read(locate(name_or_path), config), placement)
 
 
 def listing() -> str:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one sentence and not the whole usage; epilogs keep their lines."""
@@ -19,18 +17,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help shows what is allowed\n")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, "auto" being cuda where there is one; ValueError for a device that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def run(name: str, command: Callable[[], int | None]) -> NoReturn:

@@ -30,12 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import embedded_folder, load
-from minicache.cli import Parser, choose_device, run
+from minicache.cli import Parser, run
 from minicache.cost import full_passes, plan_macs
 from minicache.data import source
 from minicache.files import replacing
 from minicache.images import grid, save_png, to_uint8
 from minicache.metrics import frechet_distance, psnr, relative_l2, unet_features
+from minicache.placement import choose_device
 from minicache.plan import full, nonuniform, uniform
 from minicache.protocol import Trial, finest, trial, uncached
 from minicache.recipe import Recipe, recipes_in

@@ -30,6 +30,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Temporary files of processes that were killed."""
+    return folder.glob(".*.tmp*")
+
+
 def digest(path: Path, algorithm: str) -> str:
     """Hex digest of a file; algorithm is one of hashlib's names."""
     hasher = hashlib.new(algorithm)

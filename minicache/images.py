@@ -1,4 +1,4 @@
-"""From tensors to what people look at: grids, animations, folders, and the npz that evaluators read."""
+"""From tensors to what people look at: grids and animations."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from minicache.files import replacing
-
-ENDINGS = (".png", ".gif", ".npz")
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -59,15 +57,3 @@ def save_gif(path: str | Path, sheets: Sequence[np.ndarray], scale: int = 1, sec
     durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1500]
     with replacing(path) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def save_npz(path: str | Path, images: np.ndarray) -> None:
-    """arr_0, uint8 [B, H, W, C]: what the evaluator of ADM (Dhariwal & Nichol 2021) reads."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, images)
-
-
-def save_folder(path: str | Path, images: np.ndarray, names: Sequence[int]) -> None:
-    """One PNG an image, named by its seed: what pytorch-fid reads. Other files in the folder are left alone."""
-    for image, name in zip(images, names):
-        save_png(Path(path) / f"{name:06d}.png", image)

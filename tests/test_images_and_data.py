@@ -12,7 +12,7 @@ from PIL import Image
 from minicache import data
 from minicache.data import shapes, source
 from minicache.files import replacing
-from minicache.images import grid, save_folder, save_gif, save_npz, save_png, to_uint8
+from minicache.images import grid, save_gif, save_png, to_uint8
 
 
 def test_uint8_clamps_and_rounds():
@@ -39,20 +39,6 @@ def test_files(tmp_path):
     save_gif(tmp_path / "a.gif", [grid(images), grid(images[::-1]), grid(images)])
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 3
-    save_npz(tmp_path / "a.npz", images)
-    with np.load(tmp_path / "a.npz") as arrays:
-        assert np.array_equal(arrays["arr_0"], images)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "mine.txt").write_text("kept")
-    save_folder(tmp_path / "folder", images, [7, 8, 9])
-    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
-        "000007.png",
-        "000008.png",
-        "000009.png",
-        "mine.txt",
-    ]
-    with Image.open(tmp_path / "folder" / "000008.png") as image:
-        assert np.array_equal(np.asarray(image), images[1])
     grey = to_uint8(noise(2, 1, 8, 8))
     save_png(tmp_path / "grey.png", grid(grey))
 

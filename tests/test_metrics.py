@@ -7,7 +7,6 @@ from conftest import noise
 
 from minicache import Diffusion, denoise, full, sample
 from minicache.data import shapes
-from minicache.images import save_folder, save_npz
 from minicache.metrics import (
     cosine_similarity,
     fid,
@@ -19,6 +18,7 @@ from minicache.metrics import (
     unet_features,
 )
 from minicache.protocol import CALIBRATION, CHECK, HELD_OUT, noised, trial, uncached
+from minicache.shards import ImageSet, fill
 
 
 def test_pairs():
@@ -67,8 +67,8 @@ def test_features_do_not_depend_on_the_batch(unet):
 
 def test_samples_are_read_back(tmp_path, capsys, monkeypatch):
     images = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3)).astype(np.uint8)
-    save_npz(tmp_path / "a.npz", images)
-    save_folder(tmp_path / "a", images, range(3))
+    for name in ("a.npz", "a"):
+        fill(ImageSet(tmp_path / name, range(3), 2, {}), lambda seeds: images[seeds.start : seeds.stop])
     assert np.array_equal(read_samples(tmp_path / "a.npz"), images) and np.array_equal(
         read_samples(tmp_path / "a"), images
     )

@@ -36,15 +36,14 @@ def test_grid(net, tmp_path, capsys):
     with Image.open(tmp_path / "x.png") as image:
         assert image.size == (6 * (2 * 18 + 2), 6 * (2 * 18 + 2))
     out = capsys.readouterr().out
-    for words in ("parameters, float32 on cpu", "6 steps (uniform): 2 in full, 4 at branch 3 of 4", "GMACs an image",
-                  "3 images (seeds 0..2)", "images/s", "cache 0.", str(tmp_path / "x.png")):  # fmt: skip
+    for words in ("parameters, float32, contiguous on cpu", "6 steps (uniform): 2 in full, 4 at branch 3 of 4",
+                  "GMACs an image", "3 images (seeds 0..2)", "images/s", "cache 0.", "x.png"):  # fmt: skip
         assert words in out, words
 
 
 def test_npz_holds_exactly_what_sample_draws(net, tmp_path):
     draw(net, "--seed", "5", "--batch-size", "2", "--interval", "2", "--branch", "2", "--out", tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as arrays:
-        assert list(arrays) == ["arr_0"]
         drawn = arrays["arr_0"]
     expected = to_uint8(sample_images(load(net), [5, 6, 7], batch_size=2, plan=uniform(6, 2, 2)))
     assert drawn.dtype == np.uint8 and np.array_equal(drawn, expected)
@@ -52,9 +51,8 @@ def test_npz_holds_exactly_what_sample_draws(net, tmp_path):
 
 def test_folder_and_gif(net, tmp_path):
     draw(net, "--out", tmp_path / "deep" / "folder")
-    assert [path.name for path in sorted((tmp_path / "deep" / "folder").iterdir())] == [
-        f"00000{k}.png" for k in range(3)
-    ]
+    names = [path.name for path in sorted((tmp_path / "deep" / "folder").iterdir())]
+    assert names == ["000000.png", "000001.png", "000002.png", "manifest.json"]
     draw(net, "--out", tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as image:
         assert image.n_frames == 6
@@ -249,6 +247,14 @@ def test_as_a_program(net, tmp_path):
 
 def test_a_full_disk_leaves_no_half_file(net, tmp_path):
     """A limit on the size of files stands for the full disk: writing fails half way."""
-    done = program("--ckpt", net, "--steps", 2, "--num", 4, "--out", tmp_path / "x.npz", limit="ulimit -f 1;")
+    flags = ["--ckpt", net, "--steps", 2, "--num", 8, "--batch-size", 4, "--out"]
+    done = program(*flags, tmp_path / "x.png", limit="ulimit -f 1;")
     assert done.returncode == 2 and done.stderr.startswith("sample.py: ") and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+    done = program(*flags, tmp_path / "x.npz", limit="ulimit -f 4;")
+    assert done.returncode == 2 and done.stderr.startswith("sample.py: ") and "Traceback" not in done.stderr
+    assert {path.name for path in (tmp_path / "x.npz.parts").iterdir()} == {
+        "manifest.json", "000000000.npy", "000000004.npy"}  # fmt: skip
+    assert program(*flags, tmp_path / "x.npz").returncode == 0
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert len(arrays["arr_0"]) == 8

@@ -12,7 +12,7 @@ from PIL import Image
 import train_tiny
 from minicache import load, sample
 from minicache.convert import save
-from train_tiny import batch, faster_in_bf16, main, parse
+from train_tiny import batch, main, parse
 
 QUICK = {
     "image_size": 16,
@@ -112,13 +112,6 @@ def test_flags_are_the_parameters_of_main():
     with pytest.raises(SystemExit) as error:
         parse(["--channel-mult", "1,x"])
     assert error.value.code == 2
-
-
-@pytest.mark.parametrize("seconds, faster", [([1.0, 0.5], True), ([1.0, 0.9], False)])
-def test_bf16_is_chosen_where_it_is_faster(monkeypatch, seconds, faster):
-    clock = iter([moment for each in seconds for _ in range(5) for moment in (0.0, each)])
-    monkeypatch.setattr(train_tiny.time, "perf_counter", lambda: next(clock))
-    assert faster_in_bf16(torch.device("cpu")) is faster
 
 
 def test_preview_draws_both_samplers(tmp_path):

@@ -1,0 +1,112 @@
+"""Where and how a network computes: device, dtype, memory format, compilation; and what "auto" chooses, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minicache.unet import UNet
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Placement:
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    compile: bool
+    why: str  # what stands behind the choices that were left to "auto"
+
+    def __str__(self) -> str:
+        where = f"cpu ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else str(self.device)
+        kind = {v: k for k, v in (DTYPES | MEMORY_FORMATS).items()}
+        return f"{kind[self.dtype]}, {kind[self.memory_format]}{', compiled' * self.compile} on {where}"
+
+
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name; ValueError for one that is not here.
+
+    auto: cuda where there is one, each of torchrun's processes on its own.
+    """
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def choose(
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    memory_format: str | torch.memory_format = "auto",
+    compile: str | bool = "auto",
+) -> Placement:
+    """Decide what is "auto"; names are those of DTYPES and MEMORY_FORMATS. ValueError for others.
+
+    dtype: bfloat16 where the hardware multiplies it, else float16 on a GPU, else float32. memory_format: channels_last
+    for 16-bit numbers, which convolutions want then. compile: on a GPU alone; on a CPU it takes a minute, and gains
+    nothing in bfloat16.
+    """
+    for name, value, names in (("dtype", dtype, DTYPES), ("memory_format", memory_format, MEMORY_FORMATS)):
+        if value not in ("auto", *names, *names.values()):
+            raise ValueError(f"{name}={value!r} is none of auto, {', '.join(names)}")
+    if compile not in ("auto", True, False):
+        raise ValueError(f"compile={compile!r} is none of auto, True, False")
+    device, why = choose_device(device), []
+    if dtype == "auto":
+        dtype, reason = fastest_dtype(device)
+        why.append(reason)
+    dtype = DTYPES.get(dtype, dtype)
+    if memory_format == "auto":
+        memory_format = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
+    if compile == "auto":
+        compile = device.type == "cuda"
+        why.append("compiled, as pays on a GPU" if compile else f"not compiled, as gains little on {device.type}")
+    return Placement(device, dtype, MEMORY_FORMATS.get(memory_format, memory_format), compile, "; ".join(why))
+
+
+def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """And why."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "bfloat16, which this GPU multiplies"
+        return torch.float16, "float16, as this GPU does not multiply bfloat16"
+    if device.type == "cpu":
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
+        for name in ("amx_bf16", "avx512_bf16"):
+            if able.get(name):
+                return torch.bfloat16, f"bfloat16, which this CPU multiplies ({name})"
+    return torch.float32, f"float32, as nothing is known of bfloat16 in this {device.type}'s hardware"
+
+
+def place(unet: UNet, placement: Placement) -> UNet:
+    """The network itself, moved, converted and compiled in place."""
+    unet.to(placement.device, placement.dtype, memory_format=placement.memory_format)
+    if placement.compile:
+        graphs = placement.device.type == "cuda"
+        unet.forward_full = compiled(unet.forward_full, graphs)
+        unet.forward_partial = compiled(unet.forward_partial, graphs)
+    return unet
+
+
+def compiled(forward: Callable, cuda_graphs: bool) -> Callable:
+    """One static graph for each shape and branch, whatever the timestep. What it returns is the caller's to keep: the
+    outputs of a CUDA graph lie in memory that its next replay overwrites, and so are cloned."""
+    graph = torch.compile(forward, dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
+
+    def call(x: Tensor, t: int | Tensor, *args, **kwargs):
+        outputs = graph(x, torch.as_tensor(t, device=x.device).reshape(-1), *args, **kwargs)
+        if not cuda_graphs:
+            return outputs
+        return outputs.clone() if isinstance(outputs, Tensor) else tuple(output.clone() for output in outputs)
+
+    return call

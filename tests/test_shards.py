@@ -1,0 +1,125 @@
+"""Many pictures: killed, resumed and shared among processes, the set of images is the same, byte for byte."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, random_unet
+
+from minicache.convert import save
+from minicache.shards import ImageSet, fill
+from sample import main, parse
+
+FLAGS = ["--steps", "4", "--num", "11", "--batch-size", "3", "--branch", "2"]
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    path = tmp_path_factory.mktemp("net") / "net.pt"
+    save(path, random_unet())
+    return path
+
+
+def images_of(seeds: range) -> np.ndarray:
+    return np.stack([np.full((4, 4, 3), seed % 256, np.uint8) for seed in seeds])
+
+
+def contents(path: Path) -> bytes | dict[str, bytes]:
+    return path.read_bytes() if path.is_file() else {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_what_was_interrupted_goes_on(tmp_path, name):
+    images = ImageSet(tmp_path / name, range(100, 111), 4, {"plan": [1, 2]})
+    drawn = []
+
+    def draw(seeds):
+        if len(drawn) == 2:
+            raise Interrupted
+        drawn.append(seeds)
+        return images_of(seeds)
+
+    with pytest.raises(Interrupted):
+        fill(images, draw)
+    assert not (tmp_path / "x.npz").exists()
+    (images.folder / ".000108.png.1.tmp.png").write_text("half a file")  # of a process that was killed
+    rest = []
+    assert fill(images, lambda seeds: (rest.append(seeds), images_of(seeds))[1]) == 3
+    assert (drawn, rest) == ([range(100, 104), range(104, 108)], [range(108, 111)])
+    assert fill(images, lambda seeds: pytest.fail("drawn twice")) == 0
+    fill(ImageSet(tmp_path / "whole" / name, range(100, 111), 4, {"plan": [1, 2]}), images_of)
+    assert contents(tmp_path / "whole" / name) == contents(tmp_path / name)
+    if name == "x.npz":
+        assert not images.folder.exists()
+        with np.load(tmp_path / name) as arrays:
+            assert np.array_equal(arrays["arr_0"], images_of(range(100, 111)))
+
+
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_other_settings_are_refused(tmp_path, name):
+    out = tmp_path / name
+
+    def broken(seeds):
+        if seeds[0]:
+            raise Interrupted
+        return images_of(seeds)
+
+    with pytest.raises(Interrupted):
+        fill(ImageSet(out, range(8), 4, {"eta": 0.5}), broken)
+    for _ in ("begun", "complete"):
+        with pytest.raises(ValueError, match=r"was made with eta 0.5, not 0.0; choose another --out"):
+            fill(ImageSet(out, range(8), 4, {"eta": 0.0}), images_of)
+        fill(ImageSet(out, range(8), 4, {"eta": 0.5}), images_of)
+
+
+def test_files_of_unknown_origin_are_left_alone(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "000001.png").write_text("mine")
+    np.savez(tmp_path / "x.npz", np.zeros(3))
+    for name in ("folder", "x.npz"):
+        before = contents(tmp_path / name)
+        with pytest.raises(ValueError, match="exists, and nothing tells how it was made"):
+            fill(ImageSet(tmp_path / name, range(3), 2, {}), images_of)
+        assert contents(tmp_path / name) == before
+
+
+def launch(net: Path, out: Path, *launcher: str, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, *launcher, "sample.py", "--ckpt", str(net), *FLAGS, "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **kwargs)
+
+
+def test_two_processes_draw_the_same_bytes_as_one(net, tmp_path):
+    for out in ("one", "two"):
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"] * (out == "two")
+        done = launch(net, tmp_path / out, *torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        output, errors = done.communicate(timeout=120)
+        assert done.returncode == 0, errors
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert "6 images drawn by the first of 2 processes" in output and output.count("11 images (seeds 0..10)") == 1
+
+
+def test_killed_and_begun_again(net, tmp_path):
+    """SIGKILL, at whatever point it comes: the same line then gives what an undisturbed run gives."""
+    killed = launch(net, tmp_path / "x.npz", stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("x.npz.parts/*.npy")) and killed.poll() is None:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    for out in ("x.npz", "y.npz"):
+        assert launch(net, tmp_path / out, stdout=subprocess.DEVNULL).wait(120) == 0
+    assert contents(tmp_path / "x.npz") == contents(tmp_path / "y.npz")
+
+
+def test_processes_share_sets_and_not_single_pictures(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="not of one picture"):
+        main(parse(["--ckpt", str(net), "--out", str(tmp_path / "x.png")]))
