@@ -8,8 +8,9 @@ seeds; then the best one has to beat fewer steps on other seeds, or fewer steps 
 is the error on seeds held out from both. The search:
 1. sweep: sampler x spacing x branch x 1:N, as many steps as the budget allows, with a linear forecast;
    uncached sampling is among the candidates, so that a plan is never worse than fewer steps;
-2. climb: move each refresh of the best few by a step or two, as long as the error falls;
-3. fit: one alpha a step, in closed form on uncached features, then by Gauss-Newton on the error itself.
+2. ends: for the best few, how many of the first and of the last steps run in full;
+3. climb: move each refresh of the best few by a step or two, as long as the error falls;
+4. fit: one alpha a step, in closed form on uncached features, then by Gauss-Newton on the error itself.
 With --steps, plans keep these steps, and the reference is the uncached run of as many steps and of the same noise: for
 those who must have one sampler's pictures, and for ancestral sampling, whose alphas are fitted in closed form alone.
 """
@@ -38,7 +39,8 @@ from minicache.samplers import denoise
 
 INTERVALS = (2, 3, 4, 6)
 PAIRS = 2  # of sampler and spacing that the whole sweep is made for
-FINALISTS = 2  # of the sweep, whose refreshes are moved
+ENDS = ((1, 2), (1, 1), (1, 3), (1, 4), (3, 2), (3, 4))  # first and last steps in full; the sweep is with the first
+FINALISTS = 2  # of the sweep, whose ends are varied, and then of all, whose refreshes are moved
 MOVES = 24  # of refreshes that are tried for each
 DELTA = 0.05  # of alpha, in Gauss-Newton's differences
 
@@ -53,13 +55,23 @@ def error_of(recipe: Recipe) -> float:
     return recipe.error
 
 
-def widest(budget: float, costs: Costs, interval: int, branch: int, most: int) -> CachePlan | None:
+def widest(
+    budget: float, costs: Costs, interval: int, branch: int, most: int, ends: tuple[int, int] = (1, 2)
+) -> CachePlan | None:
     """1:interval caching with a linear forecast and the most steps that the budget allows; None where there are none.
 
-    The last step is always a refresh: the network changes most from step to step where the noise ends.
+    ends: how many steps run in full at the beginning, where there is no past to forecast from, and at the end, where
+    the network changes most from step to step.
     """
-    plans = (uniform(steps, interval, branch, "linear") for steps in range(1 + interval, most + 1, interval))
-    return max((plan for plan in plans if costs(plan) <= budget), key=lambda plan: plan.steps, default=None)
+    first, last = ends
+    plans = []
+    for steps in range(first - 1 + interval + last, most + 1, interval):
+        between = range(first - 1, steps - last, interval)
+        refresh = sorted({*range(first), *between, *range(steps - last, steps)})
+        plans.append(from_refreshes(steps, branch, refresh, "linear"))
+        if costs(plans[-1]) > budget:
+            return plans[-2] if plans[1:] else None
+    return plans[-1] if plans else None
 
 
 def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], bar: tqdm) -> Iterator[Recipe]:
@@ -75,13 +87,22 @@ def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], ba
 
     probe = widest(budget, costs, 2, 1, most) or baseline[0].plan
     pairs = sorted([judged(replace(recipe, plan=probe)) for recipe in baseline], key=error_of)[:PAIRS]
-    plans = {widest(budget, costs, interval, branch, most) for branch in costs.partial for interval in INTERVALS}
-    swept = [judged(replace(pair, plan=plan)) for pair in pairs for plan in sorted(plans - {None}, key=repr)]
-    yield (found := best([found, *swept]))
 
-    if not swept:  # the budget is too small for two full passes and a partial one
+    def tried(pair: Recipe, interval: int, branch: int, ends: tuple[int, int]) -> list[Recipe]:
+        plan = widest(budget, costs, interval, branch, most, ends)
+        return [judged(replace(pair, plan=plan))] if plan else []
+
+    grid = [(pair, interval, branch) for pair in pairs for branch in costs.partial for interval in INTERVALS]
+    swept = {point: recipe for point in grid for recipe in tried(*point, ENDS[0])}
+    yield (found := best([found, *swept.values()]))
+
+    if not swept:  # the budget is too small for full passes and a partial one
         return
-    finalists = sorted(swept, key=error_of)[:FINALISTS]
+    points = sorted(swept, key=lambda point: swept[point].error)[:FINALISTS]
+    ended = [*swept.values(), *(recipe for point in points for ends in ENDS[1:] for recipe in tried(*point, ends))]
+    yield (found := best([found, *ended]))
+
+    finalists = sorted(ended, key=error_of)[:FINALISTS]
     climbed = best([climb(recipe, judged) for recipe in finalists])
     yield (found := best([found, climbed]))
 

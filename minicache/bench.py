@@ -1,0 +1,245 @@
+"""How fast is it here? Passes and whole plans, beside diffusers on the same weights, in one run.
+
+    python -m minicache.bench                                  # Google's CIFAR-10 network, with random weights
+    python -m minicache.bench --ckpt tiny_cifar10 --out bench  # what 16 bits cost in the picture, too; bench.md, .json
+
+Everything runs in turn, round after round, and medians are compared, so that what disturbs the machine disturbs all.
+Two placements: float32, the default everywhere, and what `auto` chooses here. Efficiency is the speed-up over uncached
+that is measured, divided by the one that MACs promise. The ceiling is the product of two 2048 x 2048 matrices in the
+same dtype. diffusers is an extra, and left out where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from minicache.checkpoints import load
+from minicache.cli import Parser, run
+from minicache.convert import save_diffusers
+from minicache.cost import PRESETS, macs, plan_macs
+from minicache.diffusion import Diffusion
+from minicache.files import replacing
+from minicache.metrics import psnr
+from minicache.placement import Placement, choose, place
+from minicache.plan import full, uniform
+from minicache.samplers import sample
+from minicache.unet import UNet
+
+BRANCHES = (1, 2, 3)
+PLANS = ((1, 1), (5, 3), (5, 2), (5, 1))  # interval and branch; the first is uncached
+SIDE = 2048  # of the ceiling's matrices
+
+
+class Row(NamedTuple):
+    """One pass or plan, in one placement and batch; times are medians, for one image."""
+
+    placement: str
+    batch: int
+    what: str
+    ms: float
+    speed_up: float | None = None  # over the same uncached
+    by_macs: float | None = None
+    efficiency: float | None = None  # the former over the latter
+    of_ceiling: float | None = None
+    over_diffusers: float | None = None  # uncached in float32, its default
+    over_diffusers_alike: float | None = None  # uncached in the same dtype and memory format
+    psnr: float | None = None  # dB, of the image to that in float32; the worst of the batch
+
+
+def network(name: str) -> UNet:
+    """A checkpoint, or a shape of cost.PRESETS with random weights."""
+    if name not in PRESETS:
+        return load(name)
+    torch.manual_seed(0)
+    unet = UNet(PRESETS[name]).eval()
+    for p in unet.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.02)
+    unet.diffusion = Diffusion()
+    return unet
+
+
+def diffusers_pipeline(unet: UNet, placement: Placement) -> Callable[..., Any] | None:
+    """The same weights as a DDIMPipeline of diffusers; None where diffusers is not installed."""
+    try:
+        from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+        from diffusers.utils import logging
+    except ImportError:
+        return None
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        save_diffusers(Path(folder) / "unet", unet)
+        model = UNet2DModel.from_pretrained(Path(folder) / "unet", use_safetensors=False, low_cpu_mem_usage=False)
+    model.eval().to(placement.device, placement.dtype, memory_format=placement.memory_format)
+    pipeline = DDIMPipeline(model, DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def timed(candidates: dict[Any, Callable[[], Any]], rounds: int, what: str) -> tuple[dict[Any, float], dict[Any, Any]]:
+    """Median seconds, and last result, of each; a first round, which prepares kernels, does not count."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds, results = {name: [] for name in candidates}, {}
+    with tqdm(total=(rounds + 1) * len(candidates), desc=what, unit="run", disable=None) as bar:
+        for _ in range(rounds + 1):
+            for name, candidate in candidates.items():
+                wait()
+                began = time.perf_counter()
+                results[name] = candidate()
+                wait()
+                seconds[name].append(time.perf_counter() - began)
+                bar.update()
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}, results
+
+
+@torch.no_grad()
+def bench_passes(unet: UNet, placements: dict[str, Placement], batch: int, rounds: int) -> list[Row]:
+    candidates: dict[tuple[str, str], Callable[[], Any]] = {}
+    for label, placement in placements.items():
+        placed = place(copy.deepcopy(unet), placement)
+        x = torch.randn(batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=placement.device)
+        t = torch.tensor([500], device=placement.device)
+        matrix = torch.randn(SIDE, SIDE, device=placement.device).to(placement.dtype)
+        candidates[label, "ceiling"] = lambda A=matrix: A @ A
+        candidates[label, "full pass"] = lambda f=placed.forward_full, x=x, t=t: f(x, t, 1)
+        for b in BRANCHES:
+            cached_U = placed.forward_full(x, t, b)[1]
+            partial = placed.forward_partial
+            candidates[label, f"branch {b}"] = lambda f=partial, x=x, t=t, cached_U=cached_U, b=b: f(x, t, cached_U, b)
+        if pipeline := diffusers_pipeline(unet, placement):
+            y = x.to(placement.dtype, memory_format=placement.memory_format)
+            candidates[label, "diffusers"] = lambda model=pipeline.unet, y=y, t=t: model(y, t)
+    seconds, _ = timed(candidates, rounds, f"passes, batch {batch}")
+
+    rows = []
+    counts = {"full pass": macs(unet), **{f"branch {b}": macs(unet, b) for b in BRANCHES}}
+    for label, placement in placements.items():
+        whole = seconds[label, "full pass"]
+        rate = SIDE**3 / seconds[label, "ceiling"]  # MACs a second
+        for what, count in counts.items():
+            mine = seconds[label, what]
+            row = Row(str(placement), batch, what, 1e3 * mine / batch, of_ceiling=count * batch / mine / rate)
+            if what == "full pass":
+                row = against_diffusers(row, mine, seconds, label, placements)
+            else:
+                row = row._replace(speed_up=whole / mine, by_macs=macs(unet) / count)
+                row = row._replace(efficiency=row.speed_up / row.by_macs)
+            rows.append(row)
+        if (label, "diffusers") in seconds:
+            rows.append(Row(str(placement), batch, "diffusers", 1e3 * seconds[label, "diffusers"] / batch))
+    return rows
+
+
+@torch.no_grad()
+def bench_plans(
+    unet: UNet, placements: dict[str, Placement], batch: int, rounds: int, steps: int, trained: bool
+) -> list[Row]:
+    """DDIM from noise to image, cached and not; diffusers uncached."""
+    candidates: dict[tuple[str, Any], Callable[[], Any]] = {}
+    for label, placement in placements.items():
+        placed = place(copy.deepcopy(unet), placement)
+        for N, b in PLANS:
+            plan = uniform(steps, N, b)
+            candidates[label, plan] = lambda placed=placed, plan=plan: sample(placed, range(batch), plan=plan).cpu()
+        if pipeline := diffusers_pipeline(unet, placement):
+            candidates[label, "diffusers"] = lambda p=pipeline: p(
+                batch_size=batch, num_inference_steps=steps, output_type="np"
+            )
+    seconds, images = timed(candidates, rounds, f"plans, batch {batch}")
+
+    rows, uncached = [], full(steps)
+    for label, placement in placements.items():
+        for N, b in PLANS:
+            plan = uniform(steps, N, b)
+            what = f"DDIM-{steps}, N={N}, branch {b}" if N > 1 else f"DDIM-{steps}, uncached"
+            mine = seconds[label, plan]
+            row = against_diffusers(
+                Row(str(placement), batch, what, 1e3 * mine / batch), mine, seconds, label, placements
+            )
+            if N > 1:
+                row = row._replace(
+                    speed_up=seconds[label, uncached] / mine,
+                    by_macs=plan_macs(unet, uncached) / plan_macs(unet, plan),
+                )
+                row = row._replace(efficiency=row.speed_up / row.by_macs)
+            if trained and label != "float32":
+                row = row._replace(psnr=psnr(images[label, plan], images["float32", plan]).min().item())
+            rows.append(row)
+    return rows
+
+
+def against_diffusers(row: Row, mine: float, seconds: dict, label: str, placements: dict[str, Placement]) -> Row:
+    if (label, "diffusers") not in seconds:
+        return row
+    alike, default = seconds[label, "diffusers"], seconds["float32", "diffusers"]
+    return row._replace(over_diffusers=default / mine, over_diffusers_alike=alike / mine)
+
+
+def as_markdown(rows: list[Row]) -> str:
+    lines = [
+        "| " + " | ".join(field.replace("_", " ") for field in Row._fields) + " |",
+        "|---" * len(Row._fields) + "|",
+    ]
+    for row in rows:
+        cells = ("" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in ("rounds", "steps"):
+        if getattr(args, name) < 2:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 2")
+    if min(args.batch) < 1:
+        raise ValueError(f"--batch {min(args.batch)} must be at least 1")
+    placements = {"float32": choose(args.device, "float32", "contiguous", False), "auto": choose(args.device)}
+    if placements["auto"].dtype == torch.float32 and not placements["auto"].compile:
+        del placements["auto"]
+    unet = network(args.ckpt)
+    where = placements["float32"].device
+    machine = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()
+    title = f"{args.ckpt}, {macs(unet) / 1e9:.3f} GMACs a full pass; {machine}, {torch.get_num_threads()} threads, "
+    title += f"torch {torch.__version__}"
+    print(title, *(f"{label}: {placement} {placement.why}" for label, placement in placements.items()), sep="\n")
+    rows: list[Row] = []
+    for batch in args.batch:
+        rows += bench_passes(unet, placements, batch, args.rounds)
+    for batch in args.batch:
+        rows += bench_plans(unet, placements, batch, 3, args.steps, args.ckpt not in PRESETS)
+    print(as_markdown(rows))
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"conditions": title, "rows": [row._asdict() for row in rows]}, indent=1) + "\n"
+        for name, text in (("bench.md", f"{title}\n\n{as_markdown(rows)}"), ("bench.json", content)):
+            with replacing(Path(args.out) / name) as temporary:
+                temporary.write_text(text)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    what, _, how = __doc__.partition("\n\n")
+    parser = Parser(prog="python -m minicache.bench", description=what, epilog=how)
+    add = parser.add_argument
+    add("--ckpt", default="cifar10", help="a checkpoint, or cifar10 or lsun_256 with random weights (default: cifar10)")
+    add("--batch", type=int, nargs="+", default=[1, 16], help="images at a time (default: 1 16)")
+    add("--rounds", type=int, default=9, help="of passes; plans are run in 3 (default: 9)")
+    add("--steps", type=int, default=20, help="of the plans (default: 20; time is proportional)")
+    add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
+    add("--out", help="a folder for bench.md and bench.json")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run("python -m minicache.bench", lambda: main(parse()))
