@@ -231,14 +231,14 @@ class UNet(nn.Module):
         C, multiple = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1)
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(f"x has shape {list(x.shape)}; need [B, {C}, H, W], H and W multiples of {multiple}")
-        needed = [len(x), *self.cached_shape(branch, *x.shape[2:])]
+        needed = [x.shape[0], *self.cached_shape(branch, *x.shape[2:])]
         if cached_U is not None and list(cached_U.shape) != needed:
             raise ValueError(f"cached_U has shape {list(cached_U.shape)}; branch={branch} of this x needs {needed}")
         if isinstance(t, int) and not 0 <= t <= 999:  # a tensor is not looked at: that would wait for the device
             raise ValueError(f"t={t} is not a timestep in 0..999")
         t = torch.as_tensor(t, device=x.device).reshape(-1)
-        if len(t) not in (1, len(x)):
-            raise ValueError(f"t has {len(t)} elements; need 1, or one for each of the {len(x)} images")
+        if t.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"t has {t.shape[0]} elements; need 1, or one for each of the {x.shape[0]} images")
         return x.to(self.conv_out.weight.dtype), self.time(t)
 
     def end(self, h: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""A network as two graphs, full and partial, for runtimes without Python: what DeepCache needs, and nothing else.
+
+    python -m minicache.export --ckpt tiny --out onnx_tiny      # needs pip install 'minicache[onnx]'
+    python onnx_tiny/example.py 100 5                           # DeepCache in 30 lines of onnxruntime and NumPy
+
+    full:    x [B, C, H, W], t [1] int64                                   -> eps like x, cached_U
+    partial: x, t, cached_U [B, *cached_shape] of the last full pass       -> eps
+B is free; H and W are the network's. network.json has the shape, the branch and alphas_bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from minicache.checkpoints import load
+from minicache.cli import Parser, run
+from minicache.files import replacing
+from minicache.unet import UNet
+
+FORMATS = ("onnx", "pt2")
+
+
+class Graph(nn.Module):
+    """One of the network's two passes as a module of its own, which is what torch exports."""
+
+    def __init__(self, unet: UNet, forward: Callable[..., Tensor | tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.unet, self.pass_ = unet, forward
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.pass_(*inputs)
+
+
+@torch.no_grad()
+def programs(unet: UNet, branch: int) -> dict[str, ExportedProgram]:
+    """full and partial, any batch size."""
+    size, C = unet.config.image_size, unet.config.in_channels
+    cached_U = torch.zeros(2, *unet.cached_shape(branch, size, size))
+    x, t, B = torch.zeros(2, C, size, size), torch.tensor([500]), {0: Dim("B")}
+    full = Graph(unet, lambda x, t: unet.forward_full(x, t, branch))
+    partial = Graph(unet, lambda x, t, cached_U: unet.forward_partial(x, t, cached_U, branch))
+    return {
+        "full": torch.export.export(full, (x, t), dynamic_shapes=((B, None),)),
+        "partial": torch.export.export(partial, (x, t, cached_U), dynamic_shapes=((B, None, B),)),
+    }
+
+
+def save_onnx(path: Path, program: ExportedProgram, outputs: list[str]) -> None:
+    inputs = ["x", "t", "cached_U"][: len(program.graph_signature.user_inputs)]
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        torch.onnx.export(
+            program, f=temporary, dynamo=True, input_names=inputs, output_names=outputs, external_data=False,
+            verbose=False,
+        )  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    out, ending = Path(args.out), args.format
+    if ending == "onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"--format onnx needs {error.name}: pip install 'minicache[onnx]'") from None
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    unet = load(args.ckpt)
+    size = unet.config.image_size
+    unet.cached_shape(args.branch, size, size)  # a branch that is not there is said now
+    names = {"full": f"full.{ending}", "partial": f"partial_b{args.branch}.{ending}"}
+    for kind, program in programs(unet, args.branch).items():
+        if ending == "onnx":
+            save_onnx(out / names[kind], program, ["eps", "cached_U"] if kind == "full" else ["eps"])
+        else:
+            with replacing(out / names[kind]) as temporary:
+                torch.export.save(program, temporary)
+    network = {
+        **names,
+        "shape": [unet.config.in_channels, size, size],
+        "branch": args.branch,
+        "fingerprint": unet.fingerprint,
+        "alphas_bar": unet.diffusion.alphas_bar.tolist(),
+    }
+    files = {"network.json": json.dumps(network) + "\n"}
+    if ending == "onnx":
+        files["example.py"] = Path(__file__).with_name("onnx_example.py").read_text()
+    for name, text in files.items():
+        with replacing(out / name) as temporary:
+            temporary.write_text(text)
+    print(f"{out}: {', '.join([*names.values(), *files])}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    what, _, how = __doc__.partition("\n\n")
+    parser = Parser(prog="python -m minicache.export", description=what, epilog=how)
+    add = parser.add_argument
+    add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
+    add("--out", required=True, help="a folder")
+    add("--branch", type=int, default=3, help="of the partial graph (default: 3)")
+    add("--format", choices=FORMATS, default="onnx", help="onnx (default), or pt2, torch.export's")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run("python -m minicache.export", lambda: main(parse()))

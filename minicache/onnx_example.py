@@ -1,0 +1,35 @@
+"""DeepCache (arXiv 2312.00858) with onnxruntime, NumPy and Pillow alone: python example.py [STEPS [INTERVAL]]"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+here = Path(__file__).parent
+network = json.loads((here / "network.json").read_text())
+full, partial = (onnxruntime.InferenceSession(here / network[name]) for name in ("full", "partial"))
+alphas_bar = np.array([*network["alphas_bar"], 1.0])  # the last, at index -1, is where no noise is left
+
+
+def ddim(x: np.ndarray, steps: int = 100, interval: int = 5) -> np.ndarray:
+    """Noise [B, C, H, W] -> images near [-1, 1]: one step in `interval` in full, the others around its cached_U."""
+    ts = [i * (len(alphas_bar) - 1) // steps for i in range(steps)][::-1]
+    for i, (t, t_next) in enumerate(zip(ts, [*ts[1:], -1])):
+        inputs = {"x": x, "t": np.array([t])}
+        if i % interval == 0:
+            eps, cached_U = full.run(None, inputs)
+        else:
+            (eps,) = partial.run(None, {**inputs, "cached_U": cached_U})
+        a, a_next = alphas_bar[t], alphas_bar[t_next]
+        x0 = (x - np.sqrt(1 - a) * eps) / np.sqrt(a)
+        x = (np.sqrt(a_next) * x0 + np.sqrt(1 - a_next) * eps).astype(np.float32)
+    return x
+
+
+if __name__ == "__main__":
+    noise = np.random.RandomState(0).standard_normal((8, *network["shape"])).astype(np.float32)
+    images = ((ddim(noise, *map(int, sys.argv[1:])) + 1) * 127.5).clip(0, 255).round().astype(np.uint8)
+    Image.fromarray(np.hstack(images.transpose(0, 2, 3, 1)).squeeze()).save("samples.png")

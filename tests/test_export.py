@@ -1,0 +1,59 @@
+"""The exported graphs compute what PyTorch does, at any batch size, and cache as the sampling loop does."""
+
+import json
+import runpy
+
+import pytest
+import torch
+from conftest import noise, random_unet, relative
+
+from minicache import Diffusion, export, load, sample, uniform
+from minicache.convert import save
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    unet = random_unet()
+    unet.diffusion = Diffusion(num_timesteps=200, beta_end=0.05)
+    path = tmp_path_factory.mktemp("net") / "net.pt"
+    save(path, unet)
+    return path
+
+
+def test_exported_programs(net, tmp_path):
+    export.main(export.parse(["--ckpt", str(net), "--branch", "2", "--format", "pt2", "--out", str(tmp_path)]))
+    full, partial = (torch.export.load(tmp_path / f"{name}.pt2").module() for name in ("full", "partial_b2"))
+    unet, x, t = load(net), noise(5, 3, 16, 16), torch.tensor([70])
+    eps, cached_U = full(x, t)
+    for ours, theirs in zip((eps, cached_U), unet.forward_full(x, t, 2)):
+        assert relative(ours, theirs) < 1e-5
+    t = torch.tensor([60])
+    assert relative(partial(x, t, cached_U), unet.forward_partial(x, t, cached_U, 2)) < 1e-5
+
+
+def test_deepcache_on_onnxruntime(net, tmp_path, monkeypatch):
+    """The example that is exported beside the graphs is run, and compared with the sampling loop."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export.main(export.parse(["--ckpt", str(net), "--out", str(tmp_path / "deep")]))
+    example = runpy.run_path(str(tmp_path / "deep" / "example.py"))
+    x_T = noise(3, 3, 16, 16)
+    for interval in (1, 4):
+        drawn = example["ddim"](x_T.numpy(), 20, interval)
+        assert relative(drawn, sample(load(net), x_T=x_T, plan=uniform(20, interval, 3))) < 1e-4
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["example.py", "6", "2"])
+    runpy.run_path(str(tmp_path / "deep" / "example.py"), run_name="__main__")
+    assert (tmp_path / "samples.png").exists()
+    assert json.loads((tmp_path / "deep" / "network.json").read_text())["fingerprint"] == load(net).fingerprint
+
+
+def test_wrong_flags(net, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for flags, words in ((["--branch", "9"], "branch=9"), (["--out", str(tmp_path / "file")], "is a file")):
+        with pytest.raises(ValueError, match=words):
+            export.main(export.parse(["--ckpt", str(net), "--format", "pt2", "--out", str(tmp_path / "x"), *flags]))
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"needs onnx: pip install 'minicache\[onnx\]'"):
+        export.main(export.parse(["--ckpt", str(net), "--out", str(tmp_path / "x")]))
+    assert not (tmp_path / "x").exists()
