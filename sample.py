@@ -246,7 +246,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--memory-format",
         default="auto",
         choices=("auto", *(name.replace("_", "-") for name in MEMORY_FORMATS)),
-        help="default auto: channels-last in 16 bits",
+        help="default auto: channels-last",
     )
     add("--compile", default="no", choices=("auto", "yes", "no"), help="torch.compile; auto: on a GPU; default no")
     add = parser.add_argument_group("sampler").add_argument

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import load
@@ -32,7 +33,7 @@ from minicache.cost import PRESETS, macs, plan_macs
 from minicache.diffusion import Diffusion
 from minicache.files import replacing
 from minicache.metrics import psnr
-from minicache.placement import Placement, choose, place
+from minicache.placement import Placement, choose, cpu_capabilities, place
 from minicache.plan import full, uniform
 from minicache.samplers import sample
 from minicache.unet import UNet
@@ -71,10 +72,10 @@ def network(name: str) -> UNet:
     return unet
 
 
-def diffusers_pipeline(unet: UNet, placement: Placement) -> Callable[..., Any] | None:
-    """The same weights as a DDIMPipeline of diffusers; None where diffusers is not installed."""
+def diffusers_model(unet: UNet, placement: Placement) -> torch.nn.Module | None:
+    """The same weights as a UNet2DModel of diffusers; None where diffusers is not installed."""
     try:
-        from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+        from diffusers import UNet2DModel
         from diffusers.utils import logging
     except ImportError:
         return None
@@ -83,10 +84,19 @@ def diffusers_pipeline(unet: UNet, placement: Placement) -> Callable[..., Any] |
     with tempfile.TemporaryDirectory() as folder:
         save_diffusers(Path(folder) / "unet", unet)
         model = UNet2DModel.from_pretrained(Path(folder) / "unet", use_safetensors=False, low_cpu_mem_usage=False)
-    model.eval().to(placement.device, placement.dtype, memory_format=placement.memory_format)
-    pipeline = DDIMPipeline(model, DDIMScheduler(clip_sample=False))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return model.eval().to(placement.device, placement.dtype, memory_format=placement.memory_format)
+
+
+def diffusers_ddim(model: torch.nn.Module, batch: int, steps: int) -> Tensor:
+    """Its own scheduler; the state stays in float32, as ours does."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(batch, model.config.in_channels, *[model.config.sample_size] * 2, device=model.device)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x.to(model.dtype), t).sample.float(), t, x).prev_sample
+    return x.cpu()
 
 
 def timed(candidates: dict[Any, Callable[[], Any]], rounds: int, what: str) -> tuple[dict[Any, float], dict[Any, Any]]:
@@ -119,27 +129,23 @@ def bench_passes(unet: UNet, placements: dict[str, Placement], batch: int, round
             cached_U = placed.forward_full(x, t, b)[1]
             partial = placed.forward_partial
             candidates[label, f"branch {b}"] = lambda f=partial, x=x, t=t, cached_U=cached_U, b=b: f(x, t, cached_U, b)
-        if pipeline := diffusers_pipeline(unet, placement):
+        if model := diffusers_model(unet, placement):
             y = x.to(placement.dtype, memory_format=placement.memory_format)
-            candidates[label, "diffusers"] = lambda model=pipeline.unet, y=y, t=t: model(y, t)
+            candidates[label, "diffusers"] = lambda model=model, y=y, t=t: model(y, t)
     seconds, _ = timed(candidates, rounds, f"passes, batch {batch}")
 
     rows = []
     counts = {"full pass": macs(unet), **{f"branch {b}": macs(unet, b) for b in BRANCHES}}
-    for label, placement in placements.items():
+    for label in placements:
         whole = seconds[label, "full pass"]
         rate = SIDE**3 / seconds[label, "ceiling"]  # MACs a second
         for what, count in counts.items():
             mine = seconds[label, what]
-            row = Row(str(placement), batch, what, 1e3 * mine / batch, of_ceiling=count * batch / mine / rate)
+            row = Row(label, batch, what, 1e3 * mine / batch, of_ceiling=count * batch / mine / rate)
             if what == "full pass":
-                row = against_diffusers(row, mine, seconds, label, placements)
+                rows.append(over_diffusers(row, seconds, (label, what)))
             else:
-                row = row._replace(speed_up=whole / mine, by_macs=macs(unet) / count)
-                row = row._replace(efficiency=row.speed_up / row.by_macs)
-            rows.append(row)
-        if (label, "diffusers") in seconds:
-            rows.append(Row(str(placement), batch, "diffusers", 1e3 * seconds[label, "diffusers"] / batch))
+                rows.append(over_uncached(row, whole / mine, macs(unet) / count))
     return rows
 
 
@@ -154,38 +160,35 @@ def bench_plans(
         for N, b in PLANS:
             plan = uniform(steps, N, b)
             candidates[label, plan] = lambda placed=placed, plan=plan: sample(placed, range(batch), plan=plan).cpu()
-        if pipeline := diffusers_pipeline(unet, placement):
-            candidates[label, "diffusers"] = lambda p=pipeline: p(
-                batch_size=batch, num_inference_steps=steps, output_type="np"
-            )
+        if model := diffusers_model(unet, placement):
+            candidates[label, "diffusers"] = lambda model=model: diffusers_ddim(model, batch, steps)
     seconds, images = timed(candidates, rounds, f"plans, batch {batch}")
 
-    rows, uncached = [], full(steps)
-    for label, placement in placements.items():
+    rows, uncached = [], plan_macs(unet, full(steps))
+    for label in placements:
         for N, b in PLANS:
             plan = uniform(steps, N, b)
             what = f"DDIM-{steps}, N={N}, branch {b}" if N > 1 else f"DDIM-{steps}, uncached"
-            mine = seconds[label, plan]
-            row = against_diffusers(
-                Row(str(placement), batch, what, 1e3 * mine / batch), mine, seconds, label, placements
-            )
+            row = Row(label, batch, what, 1e3 * seconds[label, plan] / batch)
+            row = over_diffusers(row, seconds, (label, plan))
             if N > 1:
-                row = row._replace(
-                    speed_up=seconds[label, uncached] / mine,
-                    by_macs=plan_macs(unet, uncached) / plan_macs(unet, plan),
-                )
-                row = row._replace(efficiency=row.speed_up / row.by_macs)
+                whole = seconds[label, uniform(steps, *PLANS[0])]
+                row = over_uncached(row, whole / seconds[label, plan], uncached / plan_macs(unet, plan))
             if trained and label != "float32":
                 row = row._replace(psnr=psnr(images[label, plan], images["float32", plan]).min().item())
             rows.append(row)
     return rows
 
 
-def against_diffusers(row: Row, mine: float, seconds: dict, label: str, placements: dict[str, Placement]) -> Row:
-    if (label, "diffusers") not in seconds:
+def over_uncached(row: Row, measured: float, by_macs: float) -> Row:
+    return row._replace(speed_up=measured, by_macs=by_macs, efficiency=measured / by_macs)
+
+
+def over_diffusers(row: Row, seconds: dict[tuple[str, Any], float], key: tuple[str, Any]) -> Row:
+    if (key[0], "diffusers") not in seconds:
         return row
-    alike, default = seconds[label, "diffusers"], seconds["float32", "diffusers"]
-    return row._replace(over_diffusers=default / mine, over_diffusers_alike=alike / mine)
+    default, alike = (seconds[label, "diffusers"] / seconds[key] for label in ("float32", key[0]))
+    return row._replace(over_diffusers=default, over_diffusers_alike=alike)
 
 
 def as_markdown(rows: list[Row]) -> str:
@@ -205,15 +208,20 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 2")
     if min(args.batch) < 1:
         raise ValueError(f"--batch {min(args.batch)} must be at least 1")
-    placements = {"float32": choose(args.device, "float32", "contiguous", False), "auto": choose(args.device)}
+    placements = {"float32": choose(args.device, "float32", compile=False), "auto": choose(args.device)}
     if placements["auto"].dtype == torch.float32 and not placements["auto"].compile:
         del placements["auto"]
     unet = network(args.ckpt)
     where = placements["float32"].device
-    machine = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()
+    machine = (
+        torch.cuda.get_device_name(where)
+        if where.type == "cuda"
+        else cpu_capabilities().get("cpu_name", platform.machine())
+    )
     title = f"{args.ckpt}, {macs(unet) / 1e9:.3f} GMACs a full pass; {machine}, {torch.get_num_threads()} threads, "
-    title += f"torch {torch.__version__}"
-    print(title, *(f"{label}: {placement} {placement.why}" for label, placement in placements.items()), sep="\n")
+    title += f"torch {torch.__version__}\n"
+    title += "\n".join(f"{label}: {placement}. {placement.why}".rstrip(" .") for label, placement in placements.items())
+    print(title)
     rows: list[Row] = []
     for batch in args.batch:
         rows += bench_passes(unet, placements, batch, args.rounds)

@@ -15,7 +15,7 @@ def auto_on(monkeypatch, **capabilities):
 
 def test_auto_goes_by_the_hardware(monkeypatch):
     plain = auto_on(monkeypatch, avx2=True, avx512_bf16=False)
-    assert (plain.dtype, plain.memory_format, plain.compile) == (torch.float32, torch.contiguous_format, False)
+    assert (plain.dtype, plain.memory_format, plain.compile) == (torch.float32, torch.channels_last, False)
     for name in ("avx512_bf16", "amx_bf16"):
         able = auto_on(monkeypatch, **{name: True})
         assert (able.dtype, able.memory_format, able.compile) == (torch.bfloat16, torch.channels_last, False)
@@ -56,7 +56,9 @@ def test_one_graph_for_full_and_one_for_partial_whatever_the_plan(monkeypatch):
         return graph.forward
 
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda forward, mode=None, **kw: original(forward, backend=count, **kw))
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, dynamic, mode: original(forward, backend=count, dynamic=dynamic)
+    )
     torch._dynamo.reset()
     unet = place(random_unet(), choose("cpu", "float32", compile=True))
     expected = random_unet()

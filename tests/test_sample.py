@@ -36,7 +36,7 @@ def test_grid(net, tmp_path, capsys):
     with Image.open(tmp_path / "x.png") as image:
         assert image.size == (6 * (2 * 18 + 2), 6 * (2 * 18 + 2))
     out = capsys.readouterr().out
-    for words in ("parameters, float32, contiguous on cpu", "6 steps (uniform): 2 in full, 4 at branch 3 of 4",
+    for words in ("parameters, float32, channels_last on cpu", "6 steps (uniform): 2 in full, 4 at branch 3 of 4",
                   "GMACs an image", "3 images (seeds 0..2)", "images/s", "cache 0.", "x.png"):  # fmt: skip
         assert words in out, words
 
