@@ -4,9 +4,9 @@
     python -m minicache.bench --ckpt tiny_cifar10 --out bench  # what 16 bits cost in the picture, too; bench.md, .json
 
 Everything runs in turn, round after round, and medians are compared, so that what disturbs the machine disturbs all.
-Two placements: float32, the default everywhere, and what `auto` chooses here. Efficiency is the speed-up over uncached
-that is measured, divided by the one that MACs promise. The ceiling is the product of two 2048 x 2048 matrices in the
-same dtype. diffusers is an extra, and left out where it is not installed.
+Two placements: float32, and what `auto` chooses here. Efficiency is the speed-up over uncached that is measured, over
+the one that MACs promise. The ceiling is the product of two 2048 x 2048 matrices in the same dtype. diffusers is run
+as it comes (float32, contiguous), and alike; it is an extra, and left out where it is not installed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from minicache.unet import UNet
 
 BRANCHES = (1, 2, 3)
 PLANS = ((1, 1), (5, 3), (5, 2), (5, 1))  # interval and branch; the first is uncached
+DEFAULT = "as it comes"
 SIDE = 2048  # of the ceiling's matrices
 
 
@@ -54,7 +55,7 @@ class Row(NamedTuple):
     by_macs: float | None = None
     efficiency: float | None = None  # the former over the latter
     of_ceiling: float | None = None
-    over_diffusers: float | None = None  # uncached in float32, its default
+    over_diffusers: float | None = None  # uncached, as it comes: float32, contiguous
     over_diffusers_alike: float | None = None  # uncached in the same dtype and memory format
     psnr: float | None = None  # dB, of the image to that in float32; the worst of the batch
 
@@ -72,19 +73,24 @@ def network(name: str) -> UNet:
     return unet
 
 
-def diffusers_model(unet: UNet, placement: Placement) -> torch.nn.Module | None:
-    """The same weights as a UNet2DModel of diffusers; None where diffusers is not installed."""
+def diffusers_models(unet: UNet, placements: dict[str, Placement]) -> dict[str, torch.nn.Module]:
+    """The same weights as diffusers' UNet2DModel, as it comes and placed alike; none where it is not installed."""
     try:
         from diffusers import UNet2DModel
         from diffusers.utils import logging
     except ImportError:
-        return None
+        return {}
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         save_diffusers(Path(folder) / "unet", unet)
         model = UNet2DModel.from_pretrained(Path(folder) / "unet", use_safetensors=False, low_cpu_mem_usage=False)
-    return model.eval().to(placement.device, placement.dtype, memory_format=placement.memory_format)
+    default = model.eval().to(placements["float32"].device)
+    alike = {
+        label: copy.deepcopy(default).to(placement.dtype, memory_format=placement.memory_format)
+        for label, placement in placements.items()
+    }
+    return {DEFAULT: default, **alike}
 
 
 def diffusers_ddim(model: torch.nn.Module, batch: int, steps: int) -> Tensor:
@@ -129,9 +135,8 @@ def bench_passes(unet: UNet, placements: dict[str, Placement], batch: int, round
             cached_U = placed.forward_full(x, t, b)[1]
             partial = placed.forward_partial
             candidates[label, f"branch {b}"] = lambda f=partial, x=x, t=t, cached_U=cached_U, b=b: f(x, t, cached_U, b)
-        if model := diffusers_model(unet, placement):
-            y = x.to(placement.dtype, memory_format=placement.memory_format)
-            candidates[label, "diffusers"] = lambda model=model, y=y, t=t: model(y, t)
+    for label, model in diffusers_models(unet, placements).items():
+        candidates[label, "diffusers"] = lambda model=model, x=x, t=t: model(x.to(model.dtype), t)
     seconds, _ = timed(candidates, rounds, f"passes, batch {batch}")
 
     rows = []
@@ -160,8 +165,8 @@ def bench_plans(
         for N, b in PLANS:
             plan = uniform(steps, N, b)
             candidates[label, plan] = lambda placed=placed, plan=plan: sample(placed, range(batch), plan=plan).cpu()
-        if model := diffusers_model(unet, placement):
-            candidates[label, "diffusers"] = lambda model=model: diffusers_ddim(model, batch, steps)
+    for label, model in diffusers_models(unet, placements).items():
+        candidates[label, "diffusers"] = lambda model=model: diffusers_ddim(model, batch, steps)
     seconds, images = timed(candidates, rounds, f"plans, batch {batch}")
 
     rows, uncached = [], plan_macs(unet, full(steps))
@@ -185,9 +190,9 @@ def over_uncached(row: Row, measured: float, by_macs: float) -> Row:
 
 
 def over_diffusers(row: Row, seconds: dict[tuple[str, Any], float], key: tuple[str, Any]) -> Row:
-    if (key[0], "diffusers") not in seconds:
+    if (DEFAULT, "diffusers") not in seconds:
         return row
-    default, alike = (seconds[label, "diffusers"] / seconds[key] for label in ("float32", key[0]))
+    default, alike = (seconds[label, "diffusers"] / seconds[key] for label in (DEFAULT, key[0]))
     return row._replace(over_diffusers=default, over_diffusers_alike=alike)
 
 

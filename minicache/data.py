@@ -35,7 +35,7 @@ def source(name: str, image_size: int) -> Source:
     if name == "cifar10":
         if image_size != 32:
             raise ValueError(f"image_size={image_size}: CIFAR-10 has 32")
-        images = cifar10()
+        images, _ = cifar10()
     else:
         images = read_images(Path(name), image_size)
 
@@ -48,30 +48,44 @@ def source(name: str, image_size: int) -> Source:
     return draw
 
 
-def cifar10() -> Tensor:
-    """The 50,000 training images of CIFAR-10 (Krizhevsky 2009), uint8 [50000, 3, 32, 32]."""
+def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
+    """CIFAR-10 (Krizhevsky 2009): uint8 [N, 3, 32, 32], and classes 0..9 [N]; 50,000 of "train", 10,000 of "test"."""
     path = fetch(CIFAR10_URL, cache_folder() / "cifar-10-binary.tar.gz", CIFAR10_CHECKSUM)
+    names = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
     with tarfile.open(path) as archive:
-        batches = [archive.extractfile(f"cifar-10-batches-bin/data_batch_{k}.bin").read() for k in range(1, 6)]
+        batches = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names]
     records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then the pixels
-    return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy())
+    images = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy())
+    return images, torch.from_numpy(records[:, 0].astype(np.int64))
+
+
+def labelled(name: str, split: str) -> tuple[Tensor, Tensor]:
+    """As `cifar10` gives them: "cifar10", or a folder or zip with one folder of images a class, ordered by name."""
+    if name == "cifar10":
+        return cifar10(split)
+    classes = [Path(file).parent.name for file, _ in image_files(Path(name))]
+    names = sorted(set(classes))
+    return read_images(Path(name), 32), torch.tensor([names.index(each) for each in classes])
+
+
+def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
+    """Name and content of every image in a folder (and below) or a zip, in the order of the names."""
+    if path.is_dir():
+        return [(str(file), file.read_bytes) for file in sorted(path.rglob("*")) if is_image(file.name)]
+    if zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        names = sorted(name for name in archive.namelist() if is_image(name.rpartition("/")[2]))
+        return [(name, partial(archive.read, name)) for name in names]
+    raise ValueError(f"data={str(path)!r} is neither shapes, nor cifar10, nor a folder or zip of images")
 
 
 def read_images(path: Path, image_size: int | None) -> Tensor:
-    """Every image in a folder (and below) or a zip, cropped square about the centre: uint8 [N, 3, S, S].
+    """Every image in a folder or zip, cropped square about the centre: uint8 [N, 3, S, S].
 
     image_size: S, to which they are scaled; None: as they are, all of the first one's size.
     """
-    if path.is_dir():
-        files = [(str(file), file.read_bytes) for file in sorted(path.rglob("*")) if is_image(file.name)]
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        names = sorted(name for name in archive.namelist() if is_image(name.rpartition("/")[2]))
-        files = [(name, partial(archive.read, name)) for name in names]
-    else:
-        raise ValueError(f"data={str(path)!r} is neither shapes, nor cifar10, nor a folder or zip of images")
     images = []
-    for name, content in tqdm(files, desc="reading", unit="image", disable=None):
+    for name, content in tqdm(image_files(path), desc="reading", unit="image", disable=None):
         try:
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(content()))).convert("RGB")
         except UNREADABLE:

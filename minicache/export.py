@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--format onnx needs {error.name}: pip install 'minicache[onnx]'") from None
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    unet = load(args.ckpt)
+    unet = load(args.ckpt, memory_format="contiguous")
     size = unet.config.image_size
     unet.cached_shape(args.branch, size, size)  # a branch that is not there is said now
     names = {"full": f"full.{ending}", "partial": f"partial_b{args.branch}.{ending}"}

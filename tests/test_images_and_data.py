@@ -133,9 +133,18 @@ def test_cifar10(tmp_path, monkeypatch):
         data.cifar10()
     md5 = hashlib.md5((tmp_path / "cifar-10-binary.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(data, "CIFAR10_CHECKSUM", f"md5:{md5}")
-    images = data.cifar10()
+    images, labels = data.cifar10()
     assert images.shape == (10, 3, 32, 32) and images[2, 0, 0, :3].tolist() == [3, 4, 5]
+    assert labels.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert source("cifar10", 32)(4, generator()).shape == (4, 3, 32, 32)
+
+
+def test_a_folder_a_class(tmp_path):
+    for name, value in (("b/0.png", 10), ("a/1.png", 20), ("b/2.png", 30)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (value,) * 3).save(tmp_path / name)
+    images, labels = data.labelled(str(tmp_path), "train")
+    assert images[:, 0, 0, 0].tolist() == [20, 10, 30] and labels.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("name, words", [("nowhere", "neither shapes"), ("empty", "holds no images")])

@@ -1,0 +1,156 @@
+"""A small classifier of CIFAR-10, whose features make a Frechet distance that needs no download.
+
+    python -m minicache.classifier --data cifar10-train.zip --test cifar10-test.zip --out weights/cifar10_classifier.pt
+
+--data and --test: "cifar10" (downloaded, hash checked), or a folder or zip with one folder of images a class. FID's
+own features are those of Inception, trained on ImageNet (minicache.metrics fid); these are 128 numbers that tell ten
+classes apart, and Frechet distances in them are comparable with each other alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from minicache.checkpoints import embedded_folder
+from minicache.cli import Parser, run
+from minicache.data import labelled
+from minicache.files import replacing
+from minicache.placement import choose_device, fastest_dtype
+
+FEATURES = 128
+
+
+def block(c_in: int, c_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.blocks = nn.Sequential(block(channels, channels), block(channels, channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.blocks(h)
+
+
+class Classifier(nn.Module):
+    """Images [B, 3, 32, 32] in [-1, 1] -> logits [B, 10]."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            block(3, 32), block(32, 64), nn.MaxPool2d(2), Residual(64),
+            block(64, FEATURES), nn.MaxPool2d(2), Residual(FEATURES),
+            block(FEATURES, FEATURES), nn.MaxPool2d(2), Residual(FEATURES),
+        )  # fmt: skip
+        self.head = nn.Linear(FEATURES, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 128]: what the last layer decides by."""
+        return self.body(images).mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+@torch.no_grad()
+def classifier_features(images: Tensor, batch_size: int = 250) -> Tensor:
+    """Images [B, 3, 32, 32] in [-1, 1] -> [B, 128] float64, by the classifier that ships; else ValueError."""
+    if images.shape[1:] != (3, 32, 32):
+        raise ValueError(f"the classifier's features are for images [B, 3, 32, 32], not {list(images.shape)}")
+    return torch.cat([shipped().features(part.clamp(-1, 1)) for part in images.split(batch_size)]).double()
+
+
+@cache
+def shipped() -> Classifier:
+    classifier = Classifier().eval()
+    content = torch.load(embedded_folder() / "cifar10_classifier.pt", map_location="cpu", weights_only=True)
+    classifier.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
+    return classifier
+
+
+@torch.no_grad()
+def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+    classifier.eval()
+    device = classifier.head.weight.device
+    right = [
+        (classifier(part.to(device).float() / 127.5 - 1).argmax(1).cpu() == truth).sum().item()
+        for part, truth in zip(images.split(500), labels.split(500))
+    ]
+    return sum(right) / len(labels)
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flipped and shifted by up to 4 pixels, each at random: uint8 [B, 3, 32, 32] -> in [-1, 1]."""
+    x = F.pad(images.float() / 127.5 - 1, (4, 4, 4, 4), mode="reflect")
+    dx, dy = torch.randint(9, (2, len(x), 1), generator=generator)
+    line = torch.arange(32)
+    x = x[torch.arange(len(x))[:, None, None], :, (line + dy)[:, :, None], (line + dx)[:, None, :]]  # [B, 32, 32, 3]
+    x = x.permute(0, 3, 1, 2)
+    return torch.where((torch.rand(len(x), generator=generator) < 0.5)[:, None, None, None], x.flip(3), x)
+
+
+def train(images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float, device: torch.device) -> Classifier:
+    torch.manual_seed(0)
+    classifier = Classifier().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = epochs * (len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    generator, dtype = torch.Generator().manual_seed(0), fastest_dtype(device)[0]
+    with tqdm(total=steps, unit="step", disable=None) as bar:
+        for _ in range(epochs):
+            classifier.train()
+            order = torch.randperm(len(images), generator=generator)
+            for chosen in order[: steps // epochs * batch_size].split(batch_size):
+                x = augmented(images[chosen], generator).to(device, memory_format=torch.channels_last)
+                with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
+                    loss = F.cross_entropy(classifier(x), labels[chosen].to(device), label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+    return classifier
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in ("epochs", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    images, labels = labelled(args.data, "train")
+    test_images, test_labels = labelled(args.test, "test")
+    classifier = train(images, labels, args.epochs, args.batch_size, args.lr, choose_device(args.device))
+    score = accuracy(classifier, test_images, test_labels)
+    state = {
+        name: tensor.cpu().half() for name, tensor in classifier.state_dict().items() if tensor.is_floating_point()
+    }
+    with replacing(Path(args.out)) as temporary:
+        torch.save({"state_dict": state, "accuracy": score}, temporary)
+    print(f"{args.out}: {score:.2%} of {len(test_labels)} test images are classified right")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    what, _, how = __doc__.partition("\n\n")
+    parser = Parser(prog="python -m minicache.classifier", description=what, epilog=how)
+    add = parser.add_argument
+    add("--data", default="cifar10", help="to train on (default: cifar10)")
+    add("--test", default="cifar10", help="to state the accuracy on (default: cifar10)")
+    add("--epochs", type=int, default=8, help="(default: 8)")
+    add("--batch-size", type=int, default=250, help="(default: 250)")
+    add("--lr", type=float, default=0.2, help="the highest learning rate (default: 0.2)")
+    add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
+    add("--out", default="cifar10_classifier.pt", help="(default: cifar10_classifier.pt)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run("python -m minicache.classifier", lambda: main(parse()))
