@@ -47,9 +47,10 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            block(3, 32), block(32, 64), nn.MaxPool2d(2), Residual(64),
-            block(64, FEATURES), nn.MaxPool2d(2), Residual(FEATURES),
-            block(FEATURES, FEATURES), nn.MaxPool2d(2), Residual(FEATURES),
+            block(3, 32), nn.MaxPool2d(2),
+            block(32, 64), Residual(64), nn.MaxPool2d(2),
+            block(64, FEATURES), Residual(FEATURES), nn.MaxPool2d(2),
+            Residual(FEATURES),
         )  # fmt: skip
         self.head = nn.Linear(FEATURES, 10)
 
