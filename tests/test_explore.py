@@ -51,7 +51,7 @@ def test_sliders_change_the_pictures(page, tmp_path):
     (tmp_path / "moved.html").write_text(page.read_text().replace("</html>", MOVE + "</html>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
                "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'moved.html'}"]  # fmt: skip
+               f"--user-data-dir={tmp_path / 'x'}", "--dump-dom", f"file://{tmp_path / 'moved.html'}"]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     seen = json.loads(re.search(r"<pre>(.*)</pre>", dom, re.DOTALL)[1])
     pictures, costs, intervals, likeness = zip(*seen)
