@@ -145,7 +145,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", default="cifar10", help="to train on (default: cifar10)")
     add("--test", default="cifar10", help="to state the accuracy on (default: cifar10)")
-    add("--epochs", type=int, default=8, help="(default: 8)")
+    add("--epochs", type=int, default=6, help="(default: 6)")
     add("--batch-size", type=int, default=250, help="(default: 250)")
     add("--lr", type=float, default=0.2, help="the highest learning rate (default: 0.2)")
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
