@@ -9,7 +9,7 @@ is the error on seeds held out from both. The search:
 1. sweep: sampler x spacing x branch x 1:N, as many steps as the budget allows, with a linear forecast;
    uncached sampling is among the candidates, so that a plan is never worse than fewer steps;
 2. ends: for the best few, how many of the first and of the last steps run in full;
-3. climb: move each refresh of the best by a step or two, as long as the error falls;
+3. climb: move each refresh of the best few by a step or two, as long as the error falls;
 4. fit: one alpha a step, in closed form on uncached features, then by Gauss-Newton on the error itself.
 With --steps, plans keep these steps, and the reference is the uncached run of as many steps and of the same noise: for
 those who must have one sampler's pictures, and for ancestral sampling, whose alphas are fitted in closed form alone.
@@ -38,9 +38,9 @@ from minicache.recipe import Recipe
 from minicache.samplers import denoise
 
 INTERVALS = (2, 3, 4, 6)
-PAIRS = 2  # of sampler and spacing that the whole search is made for
+PAIRS = 2  # of sampler and spacing that the whole sweep is made for
 ENDS = ((1, 2), (1, 1), (1, 3), (1, 4), (3, 2), (3, 4))  # first and last steps in full; the sweep is with the first
-FINALISTS = 3  # of the sweep, whose ends are varied
+FINALISTS = 2  # of the sweep, whose ends are varied, and then of all, whose refreshes are moved
 MOVES = 24  # of refreshes that are tried for each
 DELTA = 0.05  # of alpha, in Gauss-Newton's differences
 
@@ -102,11 +102,12 @@ def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], ba
     ended = [*swept.values(), *(recipe for point in points for ends in ENDS[1:] for recipe in tried(*point, ends))]
     yield (found := best([found, *ended]))
 
-    for pair in pairs:  # how much the Gauss-Newton step gains differs, so the best of each pair gets one
-        of_pair = [recipe for recipe in ended if (recipe.sampler, recipe.spacing) == (pair.sampler, pair.spacing)]
-        climbed = climb(min(of_pair, key=error_of), judged)
-        fitted = judged(replace(climbed, plan=fit(trial, climbed)))
-        yield (found := best([found, climbed, gauss_newton(trial, best([climbed, fitted]), bar)]))
+    finalists = sorted(ended, key=error_of)[:FINALISTS]
+    climbed = best([climb(recipe, judged) for recipe in finalists])
+    yield (found := best([found, climbed]))
+
+    fitted = [judged(replace(climbed, plan=fit(trial, climbed))), climbed]
+    yield best([found, gauss_newton(trial, best(fitted), bar)])
 
 
 def search_alike(trial: Trial, budget: float, costs: Costs, whole: Recipe, bar: tqdm) -> Iterator[Recipe]:
