@@ -59,6 +59,8 @@ def main(args: argparse.Namespace) -> None:
     unet = place(load(args.ckpt), placement)
     recipe = recipe or recipe_within(args, unet)
     settings = {**recipe.settings(unet.fingerprint), "clip_x0": args.clip}
+    denoise(unet, seeds[-1:], **settings)  # refuses, before anything is written, what it would refuse later
+    unet.cached_shape(settings["plan"].branch, *[unet.config.image_size] * 2)
     prepare_out(out)
     if rank == 0:
         describe(args, unet, settings, placement)

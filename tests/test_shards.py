@@ -119,6 +119,13 @@ def test_killed_and_begun_again(net, tmp_path):
     assert contents(tmp_path / "x.npz") == contents(tmp_path / "y.npz")
 
 
+def test_a_refused_command_leaves_the_place_free(net, tmp_path):
+    for flags in (["--eta", "3"], ["--seed", "99999999999999999999"], ["--branch", "9"]):
+        with pytest.raises((ValueError, RuntimeError, OverflowError)):
+            main(parse(["--ckpt", str(net), *FLAGS, *flags, "--out", str(tmp_path / "x.npz")]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_processes_share_sets_and_not_single_pictures(net, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="not of one picture"):
