@@ -30,7 +30,7 @@ from minicache.cli import Parser, run
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import VARIANCES
 from minicache.images import beside, enlargement, grid, save_gif, save_png, to_uint8
-from minicache.placement import DTYPES, MEMORY_FORMATS, Placement, choose, place
+from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose, place
 from minicache.plan import FORECASTS
 from minicache.recipe import recipes_in
 from minicache.samplers import SAMPLERS, SPACINGS, STEPS
@@ -54,8 +54,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--compare is for pictures to look at, .png or .gif, not for --out {out}")
     if world > 1 and shown:
         raise ValueError(f"--out {out}: {world} processes share the work of an .npz or a folder, not of one picture")
-    compile = {"auto": "auto", "yes": True, "no": False}[args.compile]
-    placement = choose(args.device, args.dtype, args.memory_format.replace("-", "_"), compile)
+    placement = choose(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
     unet = place(load(args.ckpt), placement)
     recipe = recipe or recipe_within(args, unet)
     settings = {**recipe.settings(unet.fingerprint), "clip_x0": args.clip}
@@ -250,7 +249,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("auto", *(name.replace("_", "-") for name in MEMORY_FORMATS)),
         help="default auto: channels-last",
     )
-    add("--compile", default="no", choices=("auto", "yes", "no"), help="torch.compile; auto: on a GPU; default no")
+    add("--compile", default="no", choices=COMPILE, help="torch.compile; auto: on a GPU; default no")
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
     add("--steps", type=int, help=f"default {STEPS}")

@@ -122,26 +122,26 @@ def timed(candidates: dict[Any, Callable[[], Any]], rounds: int, what: str) -> t
 
 
 @torch.no_grad()
-def bench_passes(unet: UNet, placements: dict[str, Placement], batch: int, rounds: int) -> list[Row]:
-    candidates: dict[tuple[str, str], Callable[[], Any]] = {}
-    for label, placement in placements.items():
-        placed = place(copy.deepcopy(unet), placement)
-        x = torch.randn(batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=placement.device)
-        t = torch.tensor([500], device=placement.device)
-        matrix = torch.randn(SIDE, SIDE, device=placement.device).to(placement.dtype)
+def bench_passes(ours: dict[str, UNet], theirs: dict[str, torch.nn.Module], batch: int, rounds: int) -> list[Row]:
+    unet, candidates = ours["float32"], {}
+    for label, placed in ours.items():
+        weight = placed.conv_out.weight
+        x = torch.randn(batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=weight.device)
+        t = torch.tensor([500], device=weight.device)
+        matrix = torch.randn(SIDE, SIDE, device=weight.device).to(weight.dtype)
         candidates[label, "ceiling"] = lambda A=matrix: A @ A
         candidates[label, "full pass"] = lambda f=placed.forward_full, x=x, t=t: f(x, t, 1)
         for b in BRANCHES:
             cached_U = placed.forward_full(x, t, b)[1]
             partial = placed.forward_partial
             candidates[label, f"branch {b}"] = lambda f=partial, x=x, t=t, cached_U=cached_U, b=b: f(x, t, cached_U, b)
-    for label, model in diffusers_models(unet, placements).items():
+    for label, model in theirs.items():
         candidates[label, "diffusers"] = lambda model=model, x=x, t=t: model(x.to(model.dtype), t)
     seconds, _ = timed(candidates, rounds, f"passes, batch {batch}")
 
     rows = []
     counts = {"full pass": macs(unet), **{f"branch {b}": macs(unet, b) for b in BRANCHES}}
-    for label in placements:
+    for label in ours:
         whole = seconds[label, "full pass"]
         rate = SIDE**3 / seconds[label, "ceiling"]  # MACs a second
         for what, count in counts.items():
@@ -156,21 +156,20 @@ def bench_passes(unet: UNet, placements: dict[str, Placement], batch: int, round
 
 @torch.no_grad()
 def bench_plans(
-    unet: UNet, placements: dict[str, Placement], batch: int, rounds: int, steps: int, trained: bool
+    ours: dict[str, UNet], theirs: dict[str, torch.nn.Module], batch: int, rounds: int, steps: int, trained: bool
 ) -> list[Row]:
     """DDIM from noise to image, cached and not; diffusers uncached."""
-    candidates: dict[tuple[str, Any], Callable[[], Any]] = {}
-    for label, placement in placements.items():
-        placed = place(copy.deepcopy(unet), placement)
+    unet, candidates = ours["float32"], {}
+    for label, placed in ours.items():
         for N, b in PLANS:
             plan = uniform(steps, N, b)
             candidates[label, plan] = lambda placed=placed, plan=plan: sample(placed, range(batch), plan=plan).cpu()
-    for label, model in diffusers_models(unet, placements).items():
+    for label, model in theirs.items():
         candidates[label, "diffusers"] = lambda model=model: diffusers_ddim(model, batch, steps)
     seconds, images = timed(candidates, rounds, f"plans, batch {batch}")
 
     rows, uncached = [], plan_macs(unet, full(steps))
-    for label in placements:
+    for label in ours:
         for N, b in PLANS:
             plan = uniform(steps, N, b)
             what = f"DDIM-{steps}, N={N}, branch {b}" if N > 1 else f"DDIM-{steps}, uncached"
@@ -227,11 +226,13 @@ def main(args: argparse.Namespace) -> None:
     title += f"torch {torch.__version__}\n"
     title += "\n".join(f"{label}: {placement}. {placement.why}".rstrip(" .") for label, placement in placements.items())
     print(title)
+    ours = {label: place(copy.deepcopy(unet), placement) for label, placement in placements.items()}
+    theirs = diffusers_models(unet, placements)
     rows: list[Row] = []
     for batch in args.batch:
-        rows += bench_passes(unet, placements, batch, args.rounds)
+        rows += bench_passes(ours, theirs, batch, args.rounds)
     for batch in args.batch:
-        rows += bench_plans(unet, placements, batch, 3, args.steps, args.ckpt not in PRESETS)
+        rows += bench_plans(ours, theirs, batch, 3, args.steps, args.ckpt not in PRESETS)
     print(as_markdown(rows))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from minicache.unet import UNet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILE = {"auto": "auto", "yes": True, "no": False}  # as flags say it
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

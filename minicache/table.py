@@ -29,7 +29,7 @@ from minicache.data import cifar10
 from minicache.files import replacing
 from minicache.images import to_uint8
 from minicache.metrics import fid, frechet_distance, psnr, read_samples
-from minicache.placement import DTYPES, choose, place
+from minicache.placement import COMPILE, DTYPES, choose, place
 from minicache.plan import full, nonuniform, uniform
 from minicache.recipe import Recipe, recipes_in
 from minicache.samplers import sample
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         real = rearrange(cifar10("train")[0], "n c h w -> n h w c").numpy()
     else:
         real = read_samples(args.real)
-    placement = choose(args.device, args.dtype, compile={"auto": "auto", "yes": True, "no": False}[args.compile])
+    placement = choose(args.device, args.dtype, compile=COMPILE[args.compile])
     unet = place(load(args.ckpt), placement)
     size = unet.config.image_size
     if real.shape[1:] != (size, size, 3):
@@ -130,7 +130,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recipes", help="folder of calibrated plans (default: those that ship)")
     add("--batch-size", type=int, default=100, help="(default: 100)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="(default: auto)")
-    add("--compile", default="no", choices=("auto", "yes", "no"), help="torch.compile (default: no)")
+    add("--compile", default="no", choices=COMPILE, help="torch.compile (default: no)")
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
     add("--out", default="table", help="a folder (default: table)")
     return parser.parse_args(argv)
