@@ -233,8 +233,7 @@ def compare(images: np.ndarray, uncached: np.ndarray, seconds: float, seconds_fu
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, examples = __doc__.partition("\n\n")
-    parser = Parser(prog="sample.py", description=what, epilog=examples)
+    parser = Parser(prog="sample.py", doc=__doc__)
     add = parser.add_argument_group("model").add_argument
     add(
         "--ckpt",

@@ -212,8 +212,7 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, examples = __doc__.partition("\n\n")
-    parser = Parser(prog="train_tiny.py", description=what, epilog=examples)
+    parser = Parser(prog="train_tiny.py", doc=__doc__)
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10, or a folder or zip of images (default: shapes)")
     add("--out", help="folder of the checkpoint, the log and the previews (default: runs/<data>)")

@@ -243,8 +243,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, how = __doc__.partition("\n\n")
-    parser = Parser(prog="python -m minicache.bench", description=what, epilog=how)
+    parser = Parser(prog="python -m minicache.bench", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="cifar10", help="a checkpoint, or cifar10 or lsun_256 with random weights (default: cifar10)")
     add("--batch", type=int, nargs="+", default=[1, 16], help="images at a time (default: 1 16)")

@@ -252,8 +252,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, how = __doc__.partition("\n\n")
-    parser = Parser(prog="python -m minicache.calibrate", description=what, epilog=how)
+    parser = Parser(prog="python -m minicache.calibrate", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--budget", type=float, nargs="+", default=[20.0], help="cost of an image, in --unit (default: 20)")

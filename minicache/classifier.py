@@ -140,8 +140,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, how = __doc__.partition("\n\n")
-    parser = Parser(prog="python -m minicache.classifier", description=what, epilog=how)
+    parser = Parser(prog="python -m minicache.classifier", doc=__doc__)
     add = parser.add_argument
     add("--data", default="cifar10", help="to train on (default: cifar10)")
     add("--test", default="cifar10", help="to state the accuracy on (default: cifar10)")

@@ -10,9 +10,14 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one sentence and not the whole usage; epilogs keep their lines."""
+    """argparse, but an error is one sentence and not the whole usage; epilogs keep their lines.
 
-    def __init__(self, **settings):
+    doc: a module's, whose first paragraph is the description, and the rest the epilog.
+    """
+
+    def __init__(self, doc: str | None = None, **settings):
+        if doc is not None:
+            settings["description"], _, settings["epilog"] = doc.partition("\n\n")
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:

@@ -211,8 +211,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, how = __doc__.partition("\n\n")
-    parser = Parser(prog="python -m minicache.compare", description=what, epilog=how)
+    parser = Parser(prog="python -m minicache.compare", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--out", default="comparison", help="a folder (default: comparison)")

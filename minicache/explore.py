@@ -75,8 +75,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, how = __doc__.partition("\n\n")
-    parser = Parser(prog="python -m minicache.explore", description=what, epilog=how)
+    parser = Parser(prog="python -m minicache.explore", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--steps", type=int, default=100, help="of DDIM (default: 100)")

@@ -100,8 +100,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, how = __doc__.partition("\n\n")
-    parser = Parser(prog="python -m minicache.export", description=what, epilog=how)
+    parser = Parser(prog="python -m minicache.export", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--out", required=True, help="a folder")

@@ -118,8 +118,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    what, _, how = __doc__.partition("\n\n")
-    parser = Parser(prog="python -m minicache.table", description=what, epilog=how)
+    parser = Parser(prog="python -m minicache.table", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny_cifar10", help="a checkpoint's name or path (default: tiny_cifar10)")
     add("--real", default="cifar10", help="cifar10 (the training set; default), or an npz, a folder or zip of images")
