@@ -1,4 +1,6 @@
-"""Every notebook runs from its first cell to its last, with errors fatal."""
+"""Every notebook runs from its first cell to its last, then the solutions of its exercises, with errors fatal."""
+
+import re
 
 import pytest
 from conftest import ROOT
@@ -9,11 +11,23 @@ pytest.importorskip("ipykernel")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+def solutions(notebook) -> list[str]:
+    """The Python in the last cell, which has the exercises."""
+    return re.findall(r"```python\n(.*?)```", notebook.cells[-1].source, re.DOTALL)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
+def test_notebook_and_its_solutions_run(path):
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_between_notebooks_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+\.ipynb)\)", path.read_text()):
+        assert (path.parent / link).is_file(), link
 
 
 def test_there_are_notebooks():

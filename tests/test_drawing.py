@@ -1,0 +1,33 @@
+"""The picture of a network shows its pairs, and what a partial step leaves out."""
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from minicache.cost import shape_of
+from minicache.drawing import DEEP, EDGE, LIVE, diagram
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize("name", ["cifar10", "lsun_256"])
+def test_every_block_is_there_and_only_the_branch_is_alive(name):
+    unet = shape_of(name)
+    for branch in (1, 3, len(unet.D)):
+        drawn = ET.fromstring(diagram(unet, branch))
+        names = [text.text for text in drawn.iter(SVG + "text")]
+        boxes = [box.get("fill") for box in drawn.iter(SVG + "rect")]
+        for i in range(len(unet.D)):
+            assert names.count(f"D[{i}]") == names.count(f"U[{i}]") == 1
+        assert boxes.count(LIVE) == 2 * branch and boxes.count(DEEP) == 2 * (len(unet.D) - branch) + 1
+        assert sum(line.get("stroke") == EDGE for line in drawn.iter(SVG + "polyline")) == 1
+
+
+def test_the_cached_edge_tells_its_shape():
+    assert "cached_U 128 x 32 x 32" in diagram(shape_of("cifar10"), 1)
+    assert "cached_U 256 x 32 x 32" in diagram(shape_of("cifar10"), 3)
+
+
+def test_a_branch_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"branch=13 is not in 1\.\.12"):
+        diagram(shape_of("cifar10"), 13)
