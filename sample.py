@@ -8,7 +8,8 @@ examples:
   python sample.py --budget 20                                      # the best plan known for 20 full passes
   python sample.py --num 16 --out denoise.gif                       # watch them emerge
   python sample.py --num 50000 --dtype auto --out samples.npz       # for an evaluator; begin again after a crash
-  torchrun --nproc-per-node 2 -- sample.py --num 50000 --out pngs   # a folder, drawn by two processes or GPUs
+  torchrun --nproc-per-node 2 -- sample.py --num 50000 --out pngs   # a folder, drawn by two processes or GPUs;
+                                                                    # without the -- torchrun takes --num for its own
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ FRAMES = 50  # of an animation, at most
 
 def main(args: argparse.Namespace) -> None:
     for name, least in (("num", 1), ("batch_size", 1), ("seed", 0)):
-        if getattr(args, name) < least:
+        if not least <= getattr(args, name) < 2**62:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)} must be at least {least}")
+            raise ValueError(f"--{flag} {getattr(args, name)} must be at least {least}, and below 2**62")
     seeds = range(args.seed, args.seed + args.num)
     recipe, out = recipe_from(args), Path(args.out)
     rank, world = rank_and_world()
@@ -118,13 +119,17 @@ def fill_set(
     seconds, (rank, world) = time.perf_counter() - began, rank_and_world()
     if rank == 0:
         share = f" by the first of {world} processes" if world > 1 else ""
-        print(f"{drawn} images drawn{share} in {seconds:.1f} s: {drawn / seconds:.2f} images/s")
-        print(f"{out}: {args.num} images (seeds {seeds[0]}..{seeds[-1]})")
+        if drawn:
+            print(f"{drawn} images drawn{share} in {seconds:.1f} s: {drawn / seconds:.2f} images/s")
+        before = "" if drawn else ", all drawn before"
+        print(f"{out}: {args.num} images (seeds {seeds[0]}..{seeds[-1]}){before}")
 
 
 def prepare_out(out: Path) -> None:
     """Refuse, before the work, what could not be written after it."""
     folder = out.suffix == ""
+    if not out.name:
+        raise ValueError(f"--out {out} needs a name: a file, or a folder of its own for the pictures")
     if not folder and out.suffix not in ENDINGS:
         raise ValueError(f"--out {out}: the ending must be {', '.join(ENDINGS)}, or none, for a folder of PNGs")
     if (folder and out.exists() and not out.is_dir()) or (not folder and out.is_dir()):
@@ -138,21 +143,27 @@ def prepare_out(out: Path) -> None:
 
 
 def recipe_within(args: argparse.Namespace, unet: UNet) -> Recipe:
-    """The calibrated plan that ships for these weights and whose cost is the nearest to --budget."""
-    recipes = recipes_in(embedded_folder() / "recipes", unet.fingerprint)
-    if not recipes:
-        raise ValueError(
-            f"no calibrated plan ships for {args.ckpt}: make one with python -m minicache.calibrate "
-            f"--ckpt {args.ckpt} --budget {args.budget:g} --out recipe.json, and use it with --plan recipe.json"
-        )
-    return min(recipes, key=lambda recipe: abs(full_passes(unet, recipe.plan) - args.budget))
+    """Of the calibrated plans that ship for these weights, the one whose cost is the nearest to --budget."""
+    make_one = (
+        f"make one with python -m minicache.calibrate --ckpt {args.ckpt} --budget {args.budget:g} "
+        "--out recipe.json, and use it with --plan recipe.json"
+    )
+    costs = {
+        full_passes(unet, recipe.plan): recipe for recipe in recipes_in(embedded_folder() / "recipes", unet.fingerprint)
+    }
+    if not costs:
+        raise ValueError(f"no calibrated plan ships for {args.ckpt}: {make_one}")
+    nearest = min(costs, key=lambda cost: abs(cost - args.budget))
+    if nearest > 1.25 * args.budget:
+        raise ValueError(f"the cheapest plan that ships for {args.ckpt} costs {nearest:.1f} full passes: {make_one}")
+    return costs[nearest]
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe | None:
     """What the flags say; or the --plan file, which they may repeat but not contradict; None for --budget."""
     if args.budget is not None:
-        if not args.budget > 0:
-            raise ValueError(f"--budget {args.budget:g} must be positive")
+        if not 0 < args.budget < math.inf:
+            raise ValueError(f"--budget {args.budget:g} must be positive and finite")
         for name in ("plan", "sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power",
                      "forecast"):  # fmt: skip
             if getattr(args, name) is not None:
@@ -194,8 +205,8 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
           f"{plan.steps - refreshes} at branch {plan.branch} of {len(unet.D)}")  # fmt: skip
     total, uncached = plan_macs(unet, plan), plan_macs(unet, full(plan.steps))
     cache = cache_bytes(unet, plan) * min(args.num, args.batch_size)
-    print(f"{total / 1e9:.2f} GMACs an image instead of {uncached / 1e9:.2f}: a speed-up of {uncached / total:.2f}x, "
-          f"if every MAC took as long; cache {cache / 1e6:.1f} MB a batch")  # fmt: skip
+    print(f"{total / 1e9:.2f} GMACs an image, {full_passes(unet, plan):.1f} full passes, instead of {uncached / 1e9:.2f}: "
+          f"a speed-up of {uncached / total:.2f}x, if every MAC took as long; cache {cache / 1e6:.1f} MB a batch")  # fmt: skip
 
 
 def denoise_once(unet: UNet, batch: int, branch: int) -> None:

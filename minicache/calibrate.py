@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -223,16 +223,20 @@ def main(args: argparse.Namespace) -> None:
     folder = not args.out.endswith(".json")
     if not folder and len(args.budget) > 1:
         raise ValueError(f"--out {args.out}: {len(args.budget)} budgets need a folder, not a .json")
-    budgets = {b: b / {"passes": 1, "gmacs": costs.unit / 1e9, "seconds": costs.unit}[args.unit] for b in args.budget}
-    for budget, passes in budgets.items():
-        if not 2 <= passes <= 1000:
-            raise ValueError(f"--budget {budget:g} is {passes:.3g} full passes of {args.ckpt}; need 2 to 1000")
+    unit = {"passes": 1.0, "gmacs": costs.unit / 1e9, "seconds": costs.unit}[args.unit]  # of one full pass
+    for budget in args.budget:
+        if not 2 * unit <= budget <= 1000 * unit:
+            allowed = f"{2 * unit:.3g} to {1000 * unit:.3g} {args.unit}"
+            raise ValueError(f"--budget {budget:g}: {args.ckpt} can be planned for {allowed}, 2 to 1000 full passes")
 
     (Path(args.out) if folder else Path(args.out).parent).mkdir(parents=True, exist_ok=True)
-    search_seeds, check_seeds, held_out = (
-        trial(unet, seeds, whole, draw=draw, start=start, progress=True) for seeds in (CALIBRATION, CHECK, HELD_OUT)
-    )
-    for budget, passes in budgets.items():
+
+    @cache
+    def on(seeds: range) -> Trial:  # its reference takes a while, and the search needs that of its own seeds alone
+        return trial(unet, seeds, whole, draw=draw, start=start, progress=True)
+
+    for budget in args.budget:
+        passes, search_seeds = budget / unit, on(CALIBRATION)
         out = Path(args.out) / f"{Path(args.ckpt).stem}-{budget:g}.json" if folder else Path(args.out)
         with tqdm(desc=f"budget {budget:g}", unit="plan", disable=None) as bar:
             if whole:
@@ -245,9 +249,9 @@ def main(args: argparse.Namespace) -> None:
             for found in progress:
                 found.save(out)  # whoever interrupts the search keeps the best so far
                 baselines = baselines or [found]
-        found = checked(check_seeds, found, baselines)
+        found = checked(on(CHECK), found, baselines)
         found.save(out)
-        print(report(found, held_out, baselines, costs))
+        print(report(found, on(HELD_OUT), baselines, costs))
         print(out, flush=True)
 
 

@@ -37,5 +37,8 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
         # torch says with a RuntimeError that memory is too little; any other one is a bug, and keeps its traceback
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
+        said = str(error).splitlines()[0]
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"{name}: {said}", file=sys.stderr)
         sys.exit(2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -108,6 +109,8 @@ def read_file(path: Path, ema: bool = True) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (ImportError, MemoryError) as error:
         raise ValueError(f"{path}: {error}") from None
+    except pickle.UnpicklingError:  # whose message advises to load it unsafely
+        raise ValueError(f"{path} cannot be read as a checkpoint: it holds something else than tensors") from None
     except Exception as error:  # what a damaged file makes torch and zipfile raise has many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}"

@@ -1,7 +1,7 @@
 """A network as two graphs, full and partial, for runtimes without Python: what DeepCache needs, and nothing else.
 
     python -m minicache.export --ckpt tiny --out onnx_tiny      # needs pip install 'minicache[onnx]'
-    python onnx_tiny/example.py 100 5                           # DeepCache in 30 lines of onnxruntime and NumPy
+    python onnx_tiny/example.py 100 5                           # DeepCache in 40 lines of onnxruntime and NumPy
 
     full:    x [B, C, H, W], t [1] int64                                   -> eps like x, cached_U
     partial: x, t, cached_U [B, *cached_shape] of the last full pass       -> eps
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,7 @@ def programs(unet: UNet, branch: int) -> dict[str, ExportedProgram]:
 
 
 def save_onnx(path: Path, program: ExportedProgram, outputs: list[str]) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
     inputs = ["x", "t", "cached_U"][: len(program.graph_signature.user_inputs)]
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself

@@ -1,7 +1,7 @@
-"""DeepCache (arXiv 2312.00858) with onnxruntime, NumPy and Pillow alone: python example.py [STEPS [INTERVAL]]"""
+"""DeepCache (arXiv 2312.00858) with onnxruntime, NumPy and Pillow alone: 8 pictures, into samples.png."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,12 @@ def ddim(x: np.ndarray, steps: int = 100, interval: int = 5) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("steps", type=int, nargs="?", default=100)
+    parser.add_argument("interval", type=int, nargs="?", default=5, help="one step in so many runs in full")
+    args = parser.parse_args()
+    if not (1 <= args.steps < len(alphas_bar) and args.interval >= 1):
+        parser.error(f"steps must be in 1..{len(alphas_bar) - 1}, and interval at least 1")
     noise = np.random.RandomState(0).standard_normal((8, *network["shape"])).astype(np.float32)
-    images = ((ddim(noise, *map(int, sys.argv[1:])) + 1) * 127.5).clip(0, 255).round().astype(np.uint8)
+    images = ((ddim(noise, args.steps, args.interval) + 1) * 127.5).clip(0, 255).round().astype(np.uint8)
     Image.fromarray(np.hstack(images.transpose(0, 2, 3, 1)).squeeze()).save("samples.png")

@@ -26,7 +26,8 @@ class Placement:
     why: str  # what stands behind the choices that were left to "auto"
 
     def __str__(self) -> str:
-        where = f"cpu ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else str(self.device)
+        threads = torch.get_num_threads()
+        where = f"cpu ({threads} thread{'s' * (threads > 1)})" if self.device.type == "cpu" else str(self.device)
         kind = {v: k for k, v in (DTYPES | MEMORY_FORMATS).items()}
         return f"{kind[self.dtype]}, {kind[self.memory_format]}{', compiled' * self.compile} on {where}"
 
@@ -40,7 +41,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which the meta device, for one, has not
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return device

@@ -2,8 +2,9 @@
 
 A shard is one batch of consecutive seeds, so its bytes do not depend on who computes it, or when. It is on disk whole
 or not at all, and whoever finds it there does not compute it again. A manifest says what the images are made with;
-other settings are refused. Under torchrun every process takes its share of the shards, and they meet only at the
-beginning and at the end: a run that lost a worker begins again, with as many as are left.
+other settings are refused, and so is a second run while one is at work. Under torchrun every process takes its share of
+the shards, and they meet only at the beginning and at the end: a run that lost a worker begins again, with as many as
+are left.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,11 @@ from tqdm import tqdm
 
 from minicache.files import leftovers, replacing
 from minicache.images import save_png
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs of one set are not kept apart
+    fcntl = None
 
 PATIENCE = timedelta(days=7)  # of a process that has done its share
 
@@ -78,26 +84,50 @@ class ImageSet:
             for path, image in zip(self.files(shard), images):
                 save_png(path, image)
 
-    def claim(self) -> None:
-        """Say what the images are made with. ValueError where the place is taken by other ones."""
-        manifest = self.folder / "manifest.json"
-        if self.packed and self.out.exists():
+    @property
+    def complete(self) -> bool:
+        """Whether the .npz is there; a folder never tells."""
+        return self.packed and self.out.exists()
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Have the place to oneself, and say what the images are made with. ValueError where it is taken."""
+        if self.complete:
             self.check(self.out, packed_manifest(self.out))
-        elif manifest.exists():
-            self.check(self.folder, json.loads(manifest.read_text()))
-        else:
-            taken = next((path for shard in self.shards for path in self.files(shard) if path.exists()), None)
-            if taken:
-                raise ValueError(f"{taken} exists, and nothing tells how it was made; choose another --out")
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed just before it did so
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder):
+            manifest = self.folder / "manifest.json"
+            drawn = next(self.folder.glob("*.npy" if self.packed else "*.png"), None)
+            if manifest.exists():
+                theirs = self.read(manifest)
+                if drawn:
+                    self.check(self.folder, theirs)
+            elif drawn:
+                raise ValueError(f"{drawn} exists, and nothing tells how it was made; choose another --out")
             with replacing(manifest) as temporary:
                 temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
+            yield
+
+    def read(self, manifest: Path) -> dict[str, Any]:
+        """A manifest of such a set; ValueError for any other file of that name, which is somebody's."""
+        try:
+            theirs = json.loads(manifest.read_text())
+        except ValueError:
+            theirs = None
+        if not isinstance(theirs, dict) or theirs.keys() != self.manifest.keys():
+            raise ValueError(f"{manifest} tells of something else than pictures drawn here; choose another --out")
+        return theirs
 
     def check(self, where: Path, theirs: dict[str, Any]) -> None:
-        ours = json.loads(json.dumps(self.manifest))  # as it reads after a journey through JSON
+        ours, theirs = flat(json.loads(json.dumps(self.manifest))), flat(theirs)  # as it reads after a way through JSON
         for name in {**ours, **theirs}:
-            if ours.get(name) != theirs.get(name):
-                was, now = (shorten(str(manifest.get(name)), 60) for manifest in (theirs, ours))
-                raise ValueError(f"{where} was made with {name} {was}, not {now}; choose another --out")
+            was, now = theirs.get(name), ours.get(name)
+            if was != now:
+                with_what = f"another {name}" if isinstance(was, list) else f"{name} {was}, not {now}"
+                raise ValueError(f"{where} was made with {with_what}; choose another --out")
 
     def finish(self) -> None:
         """One .npz of all shards, read one at a time; in a folder, remove what killed processes have left behind.
@@ -120,6 +150,31 @@ class ImageSet:
         shutil.rmtree(self.folder)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """ValueError where another process has the lock; it ends with the process that has it, however that ends."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being drawn into by another process; torchrun shares the work") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def flat(manifest: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"plan": {"steps": 5}} -> {"plan.steps": 5}"""
+    items = {}
+    for name, value in manifest.items():
+        items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return items
+
+
 def packed_manifest(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -131,18 +186,16 @@ def packed_manifest(path: Path) -> dict[str, Any]:
 def fill(images: ImageSet, draw: Callable[[range], np.ndarray]) -> int:
     """Draw (seeds -> uint8 [B, H, W, C]) and write what is missing of this process's share; how many it drew."""
     rank, world = rank_and_world()
-    if rank == 0:
-        images.claim()
-    meet()
-    complete = images.packed and images.out.exists()
-    share = images.shards[rank::world]
-    missing = [shard for shard in share if not complete and not all(path.exists() for path in images.files(shard))]
-    total, left = sum(map(len, share)), sum(map(len, missing))
-    with tqdm(total=total, initial=total - left, unit="image", disable=None if rank == 0 else True) as bar:
-        for shard in missing:
-            images.write(shard, draw(shard))
-            bar.update(len(shard))
-    meet()
-    if rank == 0 and not complete:
-        images.finish()
+    with images.claimed() if rank == 0 else nullcontext():
+        meet()
+        complete, share = images.complete, images.shards[rank::world]
+        missing = [shard for shard in share if not complete and not all(path.exists() for path in images.files(shard))]
+        total, left = sum(map(len, share)), sum(map(len, missing))
+        with tqdm(total=total, initial=total - left, unit="image", disable=None if rank == 0 else True) as bar:
+            for shard in missing:
+                images.write(shard, draw(shard))
+                bar.update(len(shard))
+        meet()
+        if rank == 0 and not complete:
+            images.finish()
     return left

@@ -89,6 +89,31 @@ def test_command(net, tmp_path, capsys, monkeypatch):
         sample_main(sample_parse(["--ckpt", "tiny", "--plan", str(tmp_path / "net-4.json")]))
 
 
+def test_interrupted_before_the_check_it_keeps_what_was_found(net, tmp_path, monkeypatch):
+    def interrupted(unet, seeds, *args, **kwargs):
+        if seeds == calibrate.CHECK:
+            raise KeyboardInterrupt
+        return trial(unet, range(2), *args, **kwargs)
+
+    monkeypatch.setattr(calibrate, "trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.main(calibrate.parse(["--ckpt", str(net), "--budget", "4", "--out", str(tmp_path / "r.json")]))
+    assert full_passes(load(net), Recipe.load(tmp_path / "r.json").plan) <= 4
+
+
+@pytest.mark.parametrize("unit", ["gmacs", "seconds"])
+def test_budgets_in_other_units(net, tmp_path, monkeypatch, unit):
+    for seeds in ("CALIBRATION", "CHECK", "HELD_OUT"):
+        monkeypatch.setattr(calibrate, seeds, range(2))
+    full_pass = Costs(load(net), seconds=unit == "seconds").unit / (1 if unit == "seconds" else 1e9)
+    flags = ["--ckpt", str(net), "--unit", unit, "--sampler", "plms", "--out", str(tmp_path / "r.json")]
+    calibrate.main(calibrate.parse([*flags, "--budget", str(4 * full_pass)]))
+    steps = full_passes(load(net), Recipe.load(tmp_path / "r.json").plan)
+    assert steps <= 4 if unit == "gmacs" else steps > 0
+    with pytest.raises(ValueError, match=f"can be planned for .* {unit}, 2 to 1000 full passes"):
+        calibrate.main(calibrate.parse([*flags, "--budget", str(0.1 * full_pass)]))
+
+
 def test_a_plan_that_is_worse_than_fewer_steps_is_not_returned(calibration):
     """Where the search was misled by its few seeds."""
     good, bad = (Recipe(plan, "ddim", "trailing", fingerprint=calibration.unet.fingerprint)
@@ -119,7 +144,7 @@ def test_ancestral_sampling_keeps_its_steps(net, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--budget", "1"], "need 2 to 1000"),
+        (["--budget", "1"], "can be planned for 2 to .* passes"),
         (["--budget", "3", "4", "--out", "x.json"], "need a folder"),
         (["--sampler", "ddpm"], "--sampler ddpm needs --steps"),
         (["--steps", "10"], "--sampler auto contradicts --steps"),

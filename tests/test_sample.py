@@ -13,9 +13,10 @@ from PIL import Image
 from minicache import Recipe, load, nonuniform, uniform
 from minicache.cli import run
 from minicache.convert import save
+from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
 from minicache.samplers import sample as sample_images
-from sample import main, parse
+from sample import main, parse, recipe_within
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,15 @@ def test_every_flag_does_what_it_says(net, tmp_path, flags, settings):
     assert np.array_equal(drawn, to_uint8(sample_images(unet, [0, 1, 2], **settings)))
 
 
+def test_budget_takes_the_nearest_plan_unless_it_costs_much_more():
+    unet = load("tiny")
+    for budget, nearest in ((9, 10), (21, 20), (1e9, 50)):
+        plan = recipe_within(parse(["--budget", str(budget)]), unet).plan
+        assert 0.8 * nearest <= full_passes(unet, plan) <= nearest
+    with pytest.raises(ValueError, match=r"the cheapest plan .* costs 10.0 full passes: make one with .* --budget 5 "):
+        recipe_within(parse(["--budget", "5"]), unet)
+
+
 def test_pictures_that_are_not_finite_are_refused(net, tmp_path, monkeypatch):
     monkeypatch.setattr("sample.sample", lambda *args, **settings: torch.full((1, 3, 16, 16), float("nan")))
     with pytest.raises(ValueError, match="NaN"):
@@ -166,7 +176,7 @@ BAD = [
     (["--ckpt", "tinny"], "did you mean tiny?"),
     (["--ckpt", "no/such.pt"], "there is no file or folder no/such.pt"),
     (["--ckpt", "{dir}/truncated.pt"], "truncated"),
-    (["--ckpt", "{dir}/pickle.pt"], "pickle.pt"),
+    (["--ckpt", "{dir}/pickle.pt"], "pickle.pt cannot be read as a checkpoint: it holds something else than tensors"),
     (["--ckpt", "{dir}/list.pt"], "not a state dict"),
     (["--ckpt", "{dir}/missing.pt"], "lacks tensor conv_out.bias"),
     (["--ckpt", "{dir}/extra.pt"], "unexpected tensor more"),
@@ -182,6 +192,11 @@ BAD = [
         "device cuda cannot",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA"),
     ),
+    (["--device", "meta"], "device meta cannot be used here"),
+    (["--budget", "inf"], "--budget inf must be positive and finite"),
+    (["--seed", "99999999999999999999"], "--seed 99999999999999999999 must be at least 0, and below"),
+    (["--plan", "{dir}/nowhere.json"], "nowhere.json: No such file or directory"),
+    (["--out", "."], "--out . needs a name"),
     (["--device", "toaster"], "device toaster cannot be used here"),
     (["--out", "{dir}/truncated.pt/x.png"], "folder cannot be made"),
     (["--out", "{dir}/x.jpg"], "ending"),

@@ -81,6 +81,56 @@ def test_other_settings_are_refused(tmp_path, name):
         fill(ImageSet(out, range(8), 4, {"eta": 0.5}), images_of)
 
 
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_settings_may_change_before_the_first_picture(tmp_path, name):
+    def broken(seeds):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fill(ImageSet(tmp_path / name, range(4), 4, {"eta": 0.5}), broken)
+    assert fill(ImageSet(tmp_path / name, range(4), 4, {"eta": 0.0}), images_of) == 4
+    assert fill(ImageSet(tmp_path / name, range(4), 4, {"eta": 0.0}), images_of) == 0
+
+
+def test_other_settings_are_named(tmp_path):
+    plan = {"steps": 9, "refresh": [0, 5]}
+    fill(ImageSet(tmp_path / "x", range(1), 4, {"plan": plan}), images_of)
+    for other, message in (({"steps": 8}, "plan.steps 9, not 8"), ({"refresh": [0, 4]}, "another plan.refresh")):
+        with pytest.raises(ValueError, match=f"was made with {message}; choose another --out"):
+            fill(ImageSet(tmp_path / "x", range(1), 4, {"plan": plan | other}), images_of)
+
+
+@pytest.mark.parametrize("text", ["[1]", "not JSON", '{"name": "an app"}'])
+def test_a_manifest_of_something_else_is_left_alone(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest.json tells of something else than pictures drawn here"):
+        fill(ImageSet(tmp_path, range(3), 2, {"eta": 0.5}), images_of)
+    assert contents(tmp_path) == {"manifest.json": text.encode()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_a_second_run_is_refused_while_one_is_at_work(tmp_path, name):
+    images = ImageSet(tmp_path / name, range(4), 2, {"eta": 0.5})
+
+    def draw(seeds):
+        with pytest.raises(ValueError, match="is being drawn into by another process"):
+            fill(images, images_of)
+        return images_of(seeds)
+
+    assert fill(images, draw) == 4
+    assert fill(images, images_of) == 0
+
+
+def test_killed_between_the_npz_and_the_end(tmp_path):
+    images = ImageSet(tmp_path / "x.npz", range(4), 2, {"eta": 0.5})
+    fill(images, images_of)
+    images.folder.mkdir()
+    (images.folder / "000000000.npy").write_bytes(b"no longer needed")
+    assert fill(images, images_of) == 0
+    assert not images.folder.exists()
+
+
 def test_files_of_unknown_origin_are_left_alone(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "000001.png").write_text("mine")
