@@ -200,13 +200,18 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
     if args.ckpt in REGISTRY and REGISTRY[args.ckpt].note:
         print(f"  {REGISTRY[args.ckpt].note}")
     eta = f", eta {settings['eta']}" if settings["eta"] else ""
-    refreshes = len(plan.refresh)
-    print(f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {refreshes} in full, "
-          f"{plan.steps - refreshes} at branch {plan.branch} of {len(unet.D)}")  # fmt: skip
+    partial = plan.steps - len(plan.refresh)
+    cached = f", {partial} at branch {plan.branch} of {len(unet.D)}" if partial else ""
+    print(
+        f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {len(plan.refresh)} in full{cached}"
+    )
     total, uncached = plan_macs(unet, plan), plan_macs(unet, full(plan.steps))
-    cache = cache_bytes(unet, plan) * min(args.num, args.batch_size)
-    print(f"{total / 1e9:.2f} GMACs an image, {full_passes(unet, plan):.1f} full passes, instead of {uncached / 1e9:.2f}: "
-          f"a speed-up of {uncached / total:.2f}x, if every MAC took as long; cache {cache / 1e6:.1f} MB a batch")  # fmt: skip
+    cost = f"{total / 1e9:.2f} GMACs an image, {full_passes(unet, plan):.1f} full passes"
+    if partial:
+        cache = cache_bytes(unet, plan) * min(args.num, args.batch_size)
+        cost += f", instead of {uncached / 1e9:.2f}: a speed-up of {uncached / total:.2f}x, if every MAC took as long; "
+        cost += f"cache {cache / 1e6:.1f} MB a batch"
+    print(cost)
 
 
 def denoise_once(unet: UNet, batch: int, branch: int) -> None:
