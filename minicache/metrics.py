@@ -57,7 +57,8 @@ def unet_features(unet: UNet, images: Tensor, batch_size: int = 64) -> Tensor:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Between the normal distributions that fit features a [N, C] and b [M, C] (Heusel et al. 2017, Eq. 6):
 
-    ||mu_a - mu_b||^2 + tr(A + B - 2 (A B)^1/2). Biased upwards by about C^2 / N: compare equal counts.
+    ||mu_a - mu_b||^2 + tr(A + B - 2 (A B)^1/2). Biased upwards, by about C^2/4 (1/N + 1/M)
+    where covariances are 1: compare equal counts.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a Frechet distance needs two features at least on each side, not {len(a)} and {len(b)}")

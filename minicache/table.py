@@ -1,7 +1,7 @@
 """The paper's Table 2 for any checkpoint, and what it lacks: better samplers at equal cost, and paired errors.
 
     python -m minicache.table --ckpt tiny_cifar10 --real cifar10-test.zip --num 1000 --out table
-    python -m minicache.table --ckpt ddpm_cifar10_ema --real cifar10 --num 50000 --fid --batch-size 500 --out table
+    python -m minicache.table --ckpt ddpm_cifar10_ema --real cifar10 --num 50000 --fid --spacing quad --out table
 
 The second line is the paper's protocol, for a GPU and a day; both say how long they will take, and go on after a
 crash when they are begun again. Every method's pictures are kept, in OUT/NAME.npz. Distances are Frechet distances to
