@@ -32,7 +32,7 @@ from minicache.metrics import fid, frechet_distance, psnr, read_samples
 from minicache.placement import COMPILE, DTYPES, choose, place
 from minicache.plan import full, nonuniform, uniform
 from minicache.recipe import Recipe, recipes_in
-from minicache.samplers import sample
+from minicache.samplers import SPACINGS, sample
 from minicache.shards import ImageSet, fill
 from minicache.unet import UNet
 
@@ -125,7 +125,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num", type=int, default=1000, help="pictures of each method (default: 1000)")
     add("--fid", action="store_true", help="Inception's features, by torch-fidelity, which downloads them once")
     add("--ancestral", type=int, default=0, metavar="STEPS", help="also ancestral sampling (DDPM) with so many steps")
-    add("--spacing", default="uniform", choices=("uniform", "quad"), help="of DDIM (default: uniform)")
+    add("--spacing", default="uniform", choices=SPACINGS, help="of DDIM (default: uniform)")
     add("--recipes", help="folder of calibrated plans (default: those that ship)")
     add("--batch-size", type=int, default=100, help="(default: 100)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="(default: auto)")
