@@ -226,8 +226,8 @@ def main(args: argparse.Namespace) -> None:
     unit = {"passes": 1.0, "gmacs": costs.unit / 1e9, "seconds": costs.unit}[args.unit]  # of one full pass
     for budget in args.budget:
         if not 2 * unit <= budget <= 1000 * unit:
-            allowed = f"{2 * unit:.3g} to {1000 * unit:.3g} {args.unit}"
-            raise ValueError(f"--budget {budget:g}: {args.ckpt} can be planned for {allowed}, 2 to 1000 full passes")
+            allowed = "" if args.unit == "passes" else f" ({2 * unit:.3g} to {1000 * unit:.4g} {args.unit})"
+            raise ValueError(f"--budget {budget:g}: {args.ckpt} can be planned for 2 to 1000 full passes{allowed}")
 
     (Path(args.out) if folder else Path(args.out).parent).mkdir(parents=True, exist_ok=True)
 

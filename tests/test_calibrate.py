@@ -110,7 +110,7 @@ def test_budgets_in_other_units(net, tmp_path, monkeypatch, unit):
     calibrate.main(calibrate.parse([*flags, "--budget", str(4 * full_pass)]))
     steps = full_passes(load(net), Recipe.load(tmp_path / "r.json").plan)
     assert steps <= 4 if unit == "gmacs" else steps > 0
-    with pytest.raises(ValueError, match=f"can be planned for .* {unit}, 2 to 1000 full passes"):
+    with pytest.raises(ValueError, match=rf"can be planned for 2 to 1000 full passes \(.* to .* {unit}\)"):
         calibrate.main(calibrate.parse([*flags, "--budget", str(0.1 * full_pass)]))
 
 
@@ -144,7 +144,7 @@ def test_ancestral_sampling_keeps_its_steps(net, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--budget", "1"], "can be planned for 2 to .* passes"),
+        (["--budget", "1"], "can be planned for 2 to 1000 full passes"),
         (["--budget", "3", "4", "--out", "x.json"], "need a folder"),
         (["--sampler", "ddpm"], "--sampler ddpm needs --steps"),
         (["--steps", "10"], "--sampler auto contradicts --steps"),
