@@ -27,7 +27,6 @@ import torch
 
 from minicache import CachePlan, Recipe, denoise, full, load, nonuniform, sample, uniform
 from minicache.checkpoints import REGISTRY, embedded_folder
-from minicache.cli import Parser, run
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import VARIANCES
 from minicache.images import beside, enlargement, grid, save_gif, save_png, to_uint8
@@ -36,6 +35,7 @@ from minicache.plan import FORECASTS
 from minicache.recipe import recipes_in
 from minicache.samplers import SAMPLERS, SPACINGS, STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
+from minicache.tools import Parser, run
 from minicache.unet import UNet
 
 ENDINGS = (".png", ".gif", ".npz")
@@ -145,7 +145,7 @@ def prepare_out(out: Path) -> None:
 def recipe_within(args: argparse.Namespace, unet: UNet) -> Recipe:
     """Of the calibrated plans that ship for these weights, the one whose cost is the nearest to --budget."""
     make_one = (
-        f"make one with python -m minicache.calibrate --ckpt {args.ckpt} --budget {args.budget:g} "
+        f"make one with python -m minicache calibrate --ckpt {args.ckpt} --budget {args.budget:g} "
         "--out recipe.json, and use it with --plan recipe.json"
     )
     costs = {
@@ -254,7 +254,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--ckpt",
         default="tiny",
-        help="a name (python -m minicache.checkpoints lists them), file or folder; default tiny",
+        help="a name (python -m minicache checkpoints lists them), file or folder; default tiny",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     add("--dtype", default="float32", choices=("auto", *DTYPES), help="of the network; default float32")

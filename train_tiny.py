@@ -27,13 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.cli import Parser, run
 from minicache.convert import read_file, save
 from minicache.data import Source, source
 from minicache.diffusion import Diffusion
 from minicache.images import beside, enlargement, grid, save_png, to_uint8
 from minicache.placement import DTYPES, choose_device, fastest_dtype
 from minicache.samplers import sample
+from minicache.tools import Parser, run
 from minicache.unet import UNet, UNetConfig
 
 BETA_END = 0.0075  # less noisy at the end than Ho et al.'s 0.02: weights/README.md says why

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`load` on first use: `python -m minicache.checkpoints` would otherwise import its own module twice."""
+    """`load` on first use: `python -m minicache checkpoints` would otherwise import its own module twice."""
     if name == "load":
         from minicache.checkpoints import load
 

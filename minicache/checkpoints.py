@@ -1,8 +1,4 @@
-"""Names -> verified files: the embedded checkpoints, and the public weights of Ho et al. (2020).
-
-python -m minicache.checkpoints                       # what there is: name, size, EMA or not, on disk or not
-python -m minicache.checkpoints verify NAME|PATH      # were real weights loaded right?
-"""
+"""Names -> verified files: the embedded checkpoints, and the public weights of Ho et al. (2020)."""
 
 from __future__ import annotations
 
@@ -13,13 +9,10 @@ from pathlib import Path
 
 import torch
 
-from minicache.cli import Parser, run
 from minicache.convert import read
-from minicache.files import cache_folder, digest, fetch
+from minicache.files import cache_folder, fetch
 from minicache.placement import choose, place
 from minicache.unet import UNet, UNetConfig
-
-TOLERANCE = 1e-3  # of diffusers' own test of these values
 
 
 @dataclass(frozen=True)
@@ -76,81 +69,9 @@ def load(
 ) -> UNet:
     """A network from a name or path, in eval mode, with `.config`, `.diffusion` and `.fingerprint`.
 
-    name_or_path: see `python -m minicache.checkpoints`, or any file or folder that `convert.read` knows; config: for
+    name_or_path: see `python -m minicache list`, or any file or folder that `convert.read` knows; config: for
     bare state dicts whose shapes leave it open. device, dtype, memory_format, compile: see `placement.choose`, which
     knows what is best where any of them is "auto". Raises ValueError, or ConnectionError where a download fails.
     """
     placement = choose(device, dtype, memory_format, compile)
     return place(read(locate(name_or_path), config), placement)
-
-
-def listing() -> str:
-    """A table of all names, for a person to choose from."""
-    rows = [("name", "MB", "EMA", "on disk", "note", "from")]
-    for name in EMBEDDED:
-        size = (embedded_folder() / f"{name}.pt").stat().st_size
-        rows.append((name, f"{size / 1e6:.1f}", "yes", "yes", "embedded; see weights/README.md", "train_tiny.py"))
-    for name, entry in REGISTRY.items():
-        here = "yes" if entry.path(name).exists() else "no"
-        rows.append((name, str(entry.megabytes), "yes" if entry.ema else "NO", here, entry.note, entry.url))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-
-
-@torch.no_grad()
-def golden_distances(unet: UNet) -> dict[str, float]:
-    """Published network of this image size -> the largest difference of its 30 published outputs from this one's."""
-    published = json.loads((embedded_folder() / "golden_ddpm_logits.json").read_text())
-    size = unet.config.image_size
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, unet.config.in_channels, size, size, generator=generator, dtype=torch.float32, device="cpu")
-    eps = unet(x, 10)[0, 0, 0, :30]
-    return {
-        name: (eps - torch.tensor(values)).abs().max().item()
-        for name, values in published.items()
-        if not name.startswith("_") and name.endswith(f"_{size}")
-    }
-
-
-def verify(name_or_path: str) -> int:
-    """Print whether a checkpoint computes what was published for it; exit code 0, or 2 where it does not."""
-    path = locate(name_or_path)
-    unet = read(path)
-    print(f"{path}: read strictly, {len(unet.state_dict())} tensors, all finite, fingerprint {unet.fingerprint}")
-    if path.is_file():
-        print(f"sha256 {digest(path, 'sha256')}")
-    entry = REGISTRY.get(name_or_path)
-    distances = golden_distances(unet)
-    fits = [name for name, distance in distances.items() if distance < TOLERANCE]
-    expected = entry.golden if entry else None
-    if expected and fits == [expected]:
-        print(f"OK: its 30 outputs agree with those published for {expected} within {distances[expected]:.1e}")
-    elif expected:
-        print(f"NOT {expected}: its outputs differ by {distances[expected]:.3f} from those published")
-        print(f"They are those of {fits[0]}: the likely mix-up." if fits else "They fit no other published network.")
-        return 2
-    elif fits and entry:
-        print(f"NOT {name_or_path}, for which no outputs are published: these are {fits[0]}'s; the likely mix-up.")
-        return 2
-    elif fits:
-        print(f"OK: these are the weights of {fits[0]}, by its 30 published outputs")
-    else:
-        print("No outputs are published for this checkpoint, and it fits no published one; nothing more can be said.")
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m minicache.checkpoints", description="List the checkpoints, or verify one.")
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("list", help="name, size, EMA or not, on disk or not (default)")
-    check = commands.add_parser("verify", help="compare a network's outputs with the published ones")
-    check.add_argument("checkpoint", metavar="NAME|PATH")
-    args = parser.parse_args(argv)
-    if args.command == "verify":
-        return verify(args.checkpoint)
-    print(listing())
-    return 0
-
-
-if __name__ == "__main__":
-    run("python -m minicache.checkpoints", main)

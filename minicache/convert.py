@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minicache.cli import Parser, run
 from minicache.dialects import (
     DIFFUSERS,
     PESSER,
@@ -33,6 +32,10 @@ from minicache.dialects import (
 from minicache.diffusion import Diffusion
 from minicache.files import replacing
 from minicache.unet import UNet, UNetConfig
+
+# What a fingerprint always covers: all fields of the first release but dropout, which changes no output.
+FIRST_FIELDS = ("image_size", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions",
+                "in_channels", "out_channels", "groups")  # fmt: skip
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -174,8 +177,14 @@ def build(
 
 
 def fingerprint(unet: UNet) -> str:
-    """A hash of the network's shape and of its weights as float32; equal for the same weights in any format."""
-    config = {name: value for name, value in asdict(unet.config).items() if name != "dropout"}
+    """A hash of the network's shape and of its weights as float32; equal for the same weights in any format.
+
+    Fields of the config that came after the first recipes count only where they are not at their default.
+    """
+    shape = asdict(unet.config)
+    later = [field for field in fields(unet.config) if field.name not in (*FIRST_FIELDS, "dropout")]
+    config = {name: shape[name] for name in FIRST_FIELDS}
+    config |= {field.name: shape[field.name] for field in later if shape[field.name] != field.default}
     hasher = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(unet.state_dict().items()):
         hasher.update(name.encode())
@@ -224,33 +233,3 @@ def save_diffusers(folder: str | Path, unet: UNet) -> None:
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
         weights = {theirs: state[ours].contiguous() for ours, theirs in DIFFUSERS.keys(unet).items()}
         write(temporary / "diffusion_pytorch_model.bin", weights)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m minicache.convert", description="Convert a checkpoint.")
-    parser.add_argument("src", metavar="SRC", help="a name, or a file or folder of any format that minicache reads")
-    parser.add_argument("dst", metavar="DST", type=Path, help="the file, or the diffusers folder, to write")
-    parser.add_argument("--to", choices=("minicache", "diffusers"), default="minicache", help="(default: minicache)")
-    parser.add_argument("--half", action="store_true", help="minicache: store float16, half the size")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--ema", action="store_true", help="TensorFlow .npz: the moving averages (default)")
-    which.add_argument("--raw", action="store_true", help="TensorFlow .npz: the raw variables")
-    parser.add_argument("--image-size", type=int, help="for a bare state dict whose shapes do not tell: pixels a side")
-    args = parser.parse_args(argv)
-
-    from minicache.checkpoints import locate  # the names are a layer above
-
-    unet = read(locate(args.src), image_size=args.image_size, ema=not args.raw)
-    if args.to == "diffusers":
-        save_diffusers(args.dst, unet)
-    elif args.dst.suffix in (".safetensors", ".npz", ".bin"):
-        raise ValueError(f"{args.dst}: that ending belongs to another format; ours is .pt")
-    else:
-        save(args.dst, unet, args.half)
-        unet = read(args.dst)  # half precision has another fingerprint
-    parameters = sum(p.numel() for p in unet.parameters())
-    print(f"{args.dst}: {parameters:,} parameters, {unet.config}, {unet.diffusion}, fingerprint {unet.fingerprint}")
-
-
-if __name__ == "__main__":
-    run("python -m minicache.convert", main)

@@ -164,7 +164,7 @@ def infer_config(path: Path, state: Mapping[str, Tensor], dialect: Dialect, imag
             return preset
     raise ValueError(
         f"{path} is a bare state dict, and its shapes do not tell its image size: pass config=UNetConfig(...), "
-        "or convert it first, with python -m minicache.convert SRC DST --image-size PIXELS"
+        "or convert it first, with python -m minicache convert SRC DST --image-size PIXELS"
     )
 
 

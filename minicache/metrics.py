@@ -1,21 +1,14 @@
-"""How far images are from images: in pairs (relative L2, PSNR), as features (cosine), as distributions (Frechet, FID).
-
-    python -m minicache.metrics fid samples.npz cifar10_train/      # FID, by torch-fidelity (an extra)
-
-FID is comparable only between equal counts of images: papers take 50,000 samples against the training set.
-"""
+"""How far images are from images: in pairs (relative L2, PSNR), as features (cosine), as distributions (FID)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minicache.cli import Parser, run
 from minicache.data import read_images
 from minicache.samplers import Step
 from minicache.unet import UNet
@@ -103,23 +96,7 @@ def fid(a: np.ndarray, b: np.ndarray) -> float:
         def __getitem__(self, i: int) -> Tensor:
             return torch.from_numpy(self.images[i]).permute(2, 0, 1)
 
-    result: dict[str, Any] = calculate_metrics(
+    result = calculate_metrics(
         input1=Images(a), input2=Images(b), fid=True, cuda=torch.cuda.is_available(), verbose=False
     )
     return result["frechet_inception_distance"]
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m minicache.metrics", description="Compare two sets of images.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("fid", help="Frechet Inception Distance")
-    command.add_argument("a", metavar="SAMPLES", help="npz or folder written by sample.py, or a zip of images")
-    command.add_argument("b", metavar="REFERENCE", help="likewise, of as many images or of a training set")
-    args = parser.parse_args(argv)
-    a, b = read_samples(args.a), read_samples(args.b)
-    print(f"FID {fid(a, b):.3f} ({len(a)} images against {len(b)})", flush=True)
-    if len(a) < 50_000:
-        print("  fewer than the 50,000 samples of published values, which are lower: not comparable with them")
-
-
-if __name__ == "__main__":
-    run("python -m minicache.metrics", main)

@@ -5,9 +5,10 @@ import json
 import pytest
 from conftest import random_unet
 
-from minicache import bench, uniform
+from minicache import uniform
 from minicache.convert import save
 from minicache.cost import macs, plan_macs
+from minicache.tools import bench
 
 
 def test_bench(tmp_path, capsys):

@@ -9,11 +9,12 @@ import torch
 from conftest import random_unet
 from tqdm import tqdm
 
-from minicache import CachePlan, Diffusion, Recipe, calibrate, compare, denoise, full, load, uniform
-from minicache.calibrate import fit, gauss_newton, judge, widest
+from minicache import CachePlan, Diffusion, Recipe, denoise, full, load, uniform
 from minicache.convert import save
 from minicache.cost import Costs, full_passes
-from minicache.protocol import trial, uncached
+from minicache.tools import calibrate, compare
+from minicache.tools.calibrate import fit, gauss_newton, judge, widest
+from minicache.tools.protocol import trial, uncached
 from sample import main as sample_main
 from sample import parse as sample_parse
 
@@ -159,7 +160,7 @@ def test_bad_input(net, tmp_path, monkeypatch, flags, words):
 
 
 def test_budget_of_the_command_line(net, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"python -m minicache.calibrate --ckpt .*net.pt --budget 7"):
+    with pytest.raises(ValueError, match=r"python -m minicache calibrate --ckpt .*net.pt --budget 7"):
         sample_main(sample_parse(["--ckpt", str(net), "--budget", "7"]))
     for flags in (["--interval", "2"], ["--plan", "x.json"], ["--sampler", "ddim"]):
         with pytest.raises(ValueError, match=f"{flags[0]} contradicts --budget"):

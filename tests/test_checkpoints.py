@@ -12,9 +12,11 @@ import torch
 from conftest import ROOT, noise, random_unet, relative
 
 from minicache import checkpoints, load
-from minicache.checkpoints import EMBEDDED, REGISTRY, Entry, golden_distances, listing, locate, main
+from minicache.checkpoints import EMBEDDED, REGISTRY, Entry, locate
 from minicache.convert import save
 from minicache.files import fetch
+from minicache.tools.list import listing
+from minicache.tools.verify import golden_distances, verify
 
 CONTENT = bytes(range(256)) * 5000
 CHECKSUM = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -187,5 +189,5 @@ def test_verify(tmp_path, monkeypatch, capsys):
         (str(tmp_path / "b_16.pt"), 0, "OK: these are the weights of b_16"),
         (str(tmp_path / "stranger.pt"), 0, "No outputs are published"),
     ):
-        assert main(["verify", argument]) == code, argument
+        assert verify(argument) == code, argument
         assert words in capsys.readouterr().out

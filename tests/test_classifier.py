@@ -6,9 +6,10 @@ import torch
 from conftest import noise
 from PIL import Image
 
-from minicache import classifier, load, table
-from minicache.classifier import augmented, classifier_features
+from minicache import load
 from minicache.metrics import frechet_distance, read_samples
+from minicache.tools import classifier, table
+from minicache.tools.classifier import augmented, classifier_features
 
 
 def test_it_learns(tmp_path, capsys):

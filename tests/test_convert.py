@@ -13,8 +13,9 @@ import torch
 from conftest import GOLDEN, ROOT, SMALL, noise, random_unet
 
 from minicache import CIFAR10, LSUN_256, Diffusion, UNet, UNetConfig
-from minicache.convert import main, read, save, save_diffusers
+from minicache.convert import read, save, save_diffusers
 from minicache.dialects import DIFFUSERS, OLD_ATTENTION, PESSER, new_attention
+from minicache.tools.convert import main, parse
 
 
 def published_keys(name: str) -> dict[str, list[int]]:
@@ -188,7 +189,7 @@ def test_a_config_that_contradicts_the_file_is_refused(tmp_path, unet):
 @pytest.mark.parametrize("form", ["minicache", "diffusers"])
 def test_a_limit_on_the_file_leaves_no_half_checkpoint(tmp_path, form):
     """A limit on the size of files stands for the full disk."""
-    command = f"ulimit -f 100; exec {sys.executable} -m minicache.convert tiny {tmp_path}/x.pt --to {form}"
+    command = f"ulimit -f 100; exec {sys.executable} -m minicache convert tiny {tmp_path}/x.pt --to {form}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
@@ -324,13 +325,13 @@ def test_network_takes_other_sizes_than_its_own(unet):
 
 def test_command(tmp_path, unet, capsys):
     torch.save(foreign(unet, "pesser"), tmp_path / "p.ckpt")
-    main([str(tmp_path / "p.ckpt"), str(tmp_path / "d"), "--to", "diffusers", "--image-size", "16"])
-    main([str(tmp_path / "d"), str(tmp_path / "m.pt"), "--half"])
+    main(parse([str(tmp_path / "p.ckpt"), str(tmp_path / "d"), "--to", "diffusers", "--image-size", "16"]))
+    main(parse([str(tmp_path / "d"), str(tmp_path / "m.pt"), "--half"]))
     assert torch.allclose(read(tmp_path / "m.pt").conv_out.weight, unet.conv_out.weight, atol=1e-3)
     assert "fingerprint" in capsys.readouterr().out
     for ending in ("safetensors", "npz"):
         with pytest.raises(ValueError, match="another format"):
-            main([str(tmp_path / "m.pt"), str(tmp_path / f"x.{ending}")])
+            main(parse([str(tmp_path / "m.pt"), str(tmp_path / f"x.{ending}")]))
     with pytest.raises(ValueError, match="exists"):
-        main([str(tmp_path / "m.pt"), str(tmp_path / "d"), "--to", "diffusers"])
+        main(parse([str(tmp_path / "m.pt"), str(tmp_path / "d"), "--to", "diffusers"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "m.pt", "p.ckpt"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minicache import CIFAR10, LSUN_256, CachePlan, UNet, UNetConfig, full, uniform
-from minicache.cost import cache_bytes, cost, macs, main, plan_macs, weight_bytes
+from minicache.cost import cache_bytes, cost, macs, plan_macs, weight_bytes
+from minicache.tools.cost import main, parse
 
 
 def meta(config: UNetConfig) -> UNet:
@@ -80,11 +81,11 @@ def test_bytes(cifar10):
 
 
 def test_command(capsys):
-    main(["--ckpt", "cifar10", "--interval", "5", "--branch", "3"])
+    main(parse(["--ckpt", "cifar10", "--interval", "5", "--branch", "3"]))
     out = capsys.readouterr().out
     assert "full pass 6.054 GMACs" in out and "3.002 GMACs" in out and "2.02x fewer" in out
     assert sum(line.endswith(" <") for line in out.splitlines()) == 1
-    main(["--ckpt", "ddpm_church_256_ema", "--forecast", "linear"])  # not on disk, and not needed
+    main(parse(["--ckpt", "ddpm_church_256_ema", "--forecast", "linear"]))  # not on disk, and not needed
     assert "full pass 248.174 GMACs" in (out := capsys.readouterr().out) and "cache 67.109 MB an image" in out
     with pytest.raises(ValueError, match="branch=13"):
-        main(["--ckpt", "cifar10", "--branch", "13"])
+        main(parse(["--ckpt", "cifar10", "--branch", "13"]))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import noise, random_unet, relative
 
-from minicache import Diffusion, export, load, sample, uniform
+from minicache import Diffusion, load, sample, uniform
 from minicache.convert import save
+from minicache.tools import export
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from minicache.metrics import (
     cosine_similarity,
     fid,
     frechet_distance,
-    main,
     psnr,
     read_samples,
     relative_l2,
     unet_features,
 )
-from minicache.protocol import CALIBRATION, CHECK, HELD_OUT, noised, trial, uncached
 from minicache.shards import ImageSet, fill
+from minicache.tools.fid import main, parse
+from minicache.tools.protocol import CALIBRATION, CHECK, HELD_OUT, noised, trial, uncached
 
 
 def test_pairs():
@@ -81,7 +81,7 @@ def test_samples_are_read_back(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match=r"pip install 'minicache\[fid\]'"):
         fid(images, images)
     with pytest.raises(ValueError, match="fid"):
-        main(["fid", str(tmp_path / "a.npz"), str(tmp_path / "a")])
+        main(parse([str(tmp_path / "a.npz"), str(tmp_path / "a")]))
 
 
 def test_protocol(unet):

@@ -11,11 +11,11 @@ from conftest import ROOT, random_unet
 from PIL import Image
 
 from minicache import Recipe, load, nonuniform, uniform
-from minicache.cli import run
 from minicache.convert import save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
 from minicache.samplers import sample as sample_images
+from minicache.tools import run
 from sample import main, parse, recipe_within
 
 

@@ -1,6 +1,6 @@
 """A network as two graphs, full and partial, for runtimes without Python: what DeepCache needs, and nothing else.
 
-    python -m minicache.export --ckpt tiny --out onnx_tiny      # needs pip install 'minicache[onnx]'
+    python -m minicache export --ckpt tiny --out onnx_tiny      # needs pip install 'minicache[onnx]'
     python onnx_tiny/example.py 100 5                           # DeepCache in 40 lines of onnxruntime and NumPy
 
     full:    x [B, C, H, W], t [1] int64                                   -> eps like x, cached_U
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from minicache.checkpoints import load
-from minicache.cli import Parser, run
 from minicache.files import replacing
+from minicache.tools import Parser
 from minicache.unet import UNet
 
 FORMATS = ("onnx", "pt2")
@@ -102,14 +102,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m minicache.export", doc=__doc__)
+    parser = Parser(prog="python -m minicache export", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--out", required=True, help="a folder")
     add("--branch", type=int, default=3, help="of the partial graph (default: 3)")
     add("--format", choices=FORMATS, default="onnx", help="onnx (default), or pt2, torch.export's")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    run("python -m minicache.export", lambda: main(parse()))

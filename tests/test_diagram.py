@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from minicache.cost import shape_of
-from minicache.drawing import DEEP, EDGE, LIVE, diagram
+from minicache.tools.cost import shape_of
+from minicache.tools.diagram import DEEP, EDGE, LIVE, diagram
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -1,6 +1,6 @@
 """Find the plan with the smallest error for a given cost, on this network.
 
-    python -m minicache.calibrate --ckpt tiny --budget 20 --out recipe.json
+    python -m minicache calibrate --ckpt tiny --budget 20 --out recipe.json
     python sample.py --ckpt tiny --plan recipe.json
 
 Every plan is judged by the one thing that counts, the error of the final image (see minicache.protocol), on calibration
@@ -28,14 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.cli import Parser, run
 from minicache.cost import Costs
 from minicache.data import source
 from minicache.placement import choose_device
 from minicache.plan import CachePlan, from_refreshes, full, uniform
-from minicache.protocol import CALIBRATION, CHECK, HELD_OUT, SOLVERS, Trial, trial, uncached
 from minicache.recipe import Recipe
 from minicache.samplers import denoise
+from minicache.tools import Parser
+from minicache.tools.protocol import CALIBRATION, CHECK, HELD_OUT, SOLVERS, Trial, trial, uncached
 
 INTERVALS = (2, 3, 4, 6)
 PAIRS = 2  # of sampler and spacing that the whole sweep is made for
@@ -256,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m minicache.calibrate", doc=__doc__)
+    parser = Parser(prog="python -m minicache calibrate", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--budget", type=float, nargs="+", default=[20.0], help="cost of an image, in --unit (default: 20)")
@@ -273,7 +273,3 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
     add("--out", default="recipe.json", help="a .json; or a folder, for one <ckpt>-<budget>.json a budget")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    run("python -m minicache.calibrate", lambda: main(parse()))

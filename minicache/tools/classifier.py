@@ -1,6 +1,6 @@
 """A small classifier of CIFAR-10, whose features make a Frechet distance that needs no download.
 
-    python -m minicache.classifier --data cifar10-train.zip --test cifar10-test.zip --out weights/cifar10_classifier.pt
+    python -m minicache classifier --data cifar10-train.zip --test cifar10-test.zip --out weights/cifar10_classifier.pt
 
 --data and --test: "cifar10" (downloaded, hash checked), or a folder or zip with one folder of images a class. FID's
 own features are those of Inception, trained on ImageNet (minicache.metrics fid); these are 128 numbers that tell ten
@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import embedded_folder
-from minicache.cli import Parser, run
 from minicache.data import labelled
 from minicache.files import replacing
 from minicache.placement import choose_device, fastest_dtype
+from minicache.tools import Parser
 
 FEATURES = 128
 
@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m minicache.classifier", doc=__doc__)
+    parser = Parser(prog="python -m minicache classifier", doc=__doc__)
     add = parser.add_argument
     add("--data", default="cifar10", help="to train on (default: cifar10)")
     add("--test", default="cifar10", help="to state the accuracy on (default: cifar10)")
@@ -150,7 +150,3 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
     add("--out", default="cifar10_classifier.pt", help="(default: cifar10_classifier.pt)")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    run("python -m minicache.classifier", lambda: main(parse()))

@@ -1,6 +1,6 @@
 """One run, one table, one picture: error against cost for fewer steps, DeepCache, forecasts and calibrated plans.
 
-    python -m minicache.compare --ckpt tiny --out comparison
+    python -m minicache compare --ckpt tiny --out comparison
 
 writes comparison/table.csv, table.md, error.png (matplotlib, an extra) and samples.png: the same seeds, a row a method.
 The protocol is that of minicache.protocol, on its held-out seeds; the row "half the reference's steps" is the
@@ -8,7 +8,7 @@ reference's floor: errors near it say nothing. The Frechet distance is that of t
 features (minicache.metrics.unet_features) to those of the reference's images: it ranks methods on one network, with one
 number of images, and nothing else.
 
-    python -m minicache.compare --ckpt tiny_cifar10 --ancestral 1000 --out ancestral
+    python -m minicache compare --ckpt tiny_cifar10 --ancestral 1000 --out ancestral
 
 compares plans for ancestral sampling. The reference is the uncached run of the same steps and noise, and the Frechet
 distance is that to an uncached run of other seeds, which the row "uncached" shows the size of; "uncached, more seeds"
@@ -30,7 +30,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import embedded_folder, load
-from minicache.cli import Parser, run
 from minicache.cost import full_passes, plan_macs
 from minicache.data import source
 from minicache.files import replacing
@@ -38,8 +37,9 @@ from minicache.images import grid, save_png, to_uint8
 from minicache.metrics import frechet_distance, psnr, relative_l2, unet_features
 from minicache.placement import choose_device
 from minicache.plan import full, nonuniform, uniform
-from minicache.protocol import Trial, finest, trial, uncached
 from minicache.recipe import Recipe, recipes_in
+from minicache.tools import Parser
+from minicache.tools.protocol import Trial, finest, trial, uncached
 from minicache.unet import UNet
 
 SHOWN = 8  # images a row of samples.png
@@ -211,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m minicache.compare", doc=__doc__)
+    parser = Parser(prog="python -m minicache compare", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--out", default="comparison", help="a folder (default: comparison)")
@@ -223,7 +223,3 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ancestral", type=int, metavar="STEPS", help="compare plans for ancestral sampling (DDPM) of so many steps")
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    run("python -m minicache.compare", lambda: main(parse()))

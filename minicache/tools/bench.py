@@ -1,7 +1,7 @@
 """How fast is it here? Passes and whole plans, beside diffusers on the same weights, in one run.
 
-    python -m minicache.bench                                  # Google's CIFAR-10 network, with random weights
-    python -m minicache.bench --ckpt tiny_cifar10 --out bench  # what 16 bits cost in the picture, too; bench.md, .json
+    python -m minicache bench                                  # Google's CIFAR-10 network, with random weights
+    python -m minicache bench --ckpt tiny_cifar10 --out bench  # what 16 bits cost in the picture, too; bench.md, .json
 
 Everything runs in turn, round after round, and medians are compared, so that what disturbs the machine disturbs all.
 Two placements: float32, and what `auto` chooses here. Efficiency is the speed-up over uncached that is measured, over
@@ -27,15 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.cli import Parser, run
 from minicache.convert import save_diffusers
-from minicache.cost import PRESETS, macs, plan_macs
+from minicache.cost import macs, plan_macs
 from minicache.diffusion import Diffusion
 from minicache.files import replacing
 from minicache.metrics import psnr
 from minicache.placement import Placement, choose, cpu_capabilities, place
 from minicache.plan import full, uniform
 from minicache.samplers import sample
+from minicache.tools import Parser
+from minicache.tools.cost import PRESETS
 from minicache.unet import UNet
 
 BRANCHES = (1, 2, 3)
@@ -243,7 +244,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m minicache.bench", doc=__doc__)
+    parser = Parser(prog="python -m minicache bench", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="cifar10", help="a checkpoint, or cifar10 or lsun_256 with random weights (default: cifar10)")
     add("--batch", type=int, nargs="+", default=[1, 16], help="images at a time (default: 1 16)")
@@ -252,7 +253,3 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
     add("--out", help="a folder for bench.md and bench.json")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    run("python -m minicache.bench", lambda: main(parse()))

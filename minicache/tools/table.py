@@ -1,7 +1,7 @@
 """The paper's Table 2 for any checkpoint, and what it lacks: better samplers at equal cost, and paired errors.
 
-    python -m minicache.table --ckpt tiny_cifar10 --real cifar10-test.zip --num 1000 --out table
-    python -m minicache.table --ckpt ddpm_cifar10_ema --real cifar10 --num 50000 --fid --spacing quad --out table
+    python -m minicache table --ckpt tiny_cifar10 --real cifar10-test.zip --num 1000 --out table
+    python -m minicache table --ckpt ddpm_cifar10_ema --real cifar10 --num 50000 --fid --spacing quad --out table
 
 The second line is the paper's protocol, for a GPU and a day; both say how long they will take, and go on after a
 crash when they are begun again. Every method's pictures are kept, in OUT/NAME.npz. Distances are Frechet distances to
@@ -22,8 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import embedded_folder, load
-from minicache.classifier import classifier_features
-from minicache.cli import Parser, run
 from minicache.cost import Costs, plan_macs
 from minicache.data import cifar10
 from minicache.files import replacing
@@ -34,6 +32,8 @@ from minicache.plan import full, nonuniform, uniform
 from minicache.recipe import Recipe, recipes_in
 from minicache.samplers import SPACINGS, sample
 from minicache.shards import ImageSet, fill
+from minicache.tools import Parser
+from minicache.tools.classifier import classifier_features
 from minicache.unet import UNet
 
 STEPS = 100
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m minicache.table", doc=__doc__)
+    parser = Parser(prog="python -m minicache table", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny_cifar10", help="a checkpoint's name or path (default: tiny_cifar10)")
     add("--real", default="cifar10", help="cifar10 (the training set; default), or an npz, a folder or zip of images")
@@ -133,7 +133,3 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
     add("--out", default="table", help="a folder (default: table)")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    run("python -m minicache.table", lambda: main(parse()))

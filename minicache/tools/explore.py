@@ -1,6 +1,6 @@
 """One page with sliders for interval and branch: what DeepCache does to the same pictures, and what it saves.
 
-python -m minicache.explore --out explore.html      # a few minutes; then open it, with no server and no network
+python -m minicache explore --out explore.html      # a few minutes; then open it, with no server and no network
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.cli import Parser, run
 from minicache.cost import plan_macs
 from minicache.files import replacing
 from minicache.images import grid, picture, to_uint8
 from minicache.metrics import psnr
 from minicache.plan import FORECASTS, full, uniform
 from minicache.samplers import sample
+from minicache.tools import Parser
 
 INTERVALS = (1, 2, 3, 5, 7, 10, 15, 20)
 BRANCHES = (1, 2, 3)
@@ -75,14 +75,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m minicache.explore", doc=__doc__)
+    parser = Parser(prog="python -m minicache explore", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--steps", type=int, default=100, help="of DDIM (default: 100)")
     add("--num", type=int, default=8, help="pictures, at most 16 (default: 8)")
     add("--out", default="explore.html", help="(default: explore.html)")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    run("python -m minicache.explore", lambda: main(parse()))

@@ -1,0 +1,73 @@
+"""What a plan costs, for one image: every branch of the network, then the plan.
+
+python -m minicache cost --ckpt ddpm_cifar10 --interval 5 --branch 3
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from minicache.checkpoints import REGISTRY, load
+from minicache.cost import cache_bytes, cost, plan_macs, weight_bytes
+from minicache.plan import FORECASTS, CachePlan, uniform
+from minicache.tools import Parser
+from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
+
+PRESETS: dict[str, UNetConfig] = {"cifar10": CIFAR10, "lsun_256": LSUN_256}
+
+
+def shape_of(name: str) -> UNet:
+    """The network of a checkpoint; of a published one without its weights, which need not be on disk."""
+    config = PRESETS.get(name) or (name in REGISTRY and (LSUN_256 if "256" in name else CIFAR10))
+    if not config:
+        return load(name)
+    with torch.device("meta"):
+        return UNet(config)
+
+
+def table(unet: UNet, plan: CachePlan) -> str:
+    """What a person reads: every branch of this network, then the plan."""
+    whole, steps, refreshes = cost(unet), plan.steps, len(plan.refresh)
+    lines = [
+        f"weights {weight_bytes(unet) / 1e6:.1f} MB; full pass {whole.macs / 1e9:.3f} GMACs (+ "
+        f"{whole.attention_macs / 1e9:.3f} in attention's products), activations' peak {whole.peak_bytes / 1e6:.1f} MB",
+        "",
+        "branch  partial GMACs  + attention  of full  a step, by this plan  cache MB  peak MB",
+    ]
+    for branch in range(1, len(unet.D) + 1):
+        part = cost(unet, branch)
+        average = (refreshes * whole.macs + (steps - refreshes) * part.macs) / steps
+        size = cache_bytes(unet, CachePlan(2, branch, (0,))) / 1e6
+        lines.append(
+            f"{branch:6}  {part.macs / 1e9:13.3f}  {part.attention_macs / 1e9:11.3f}  {part.macs / whole.macs:7.1%}"
+            f"  {average / 1e9:15.3f} GMACs  {size:8.3f}  {part.peak_bytes / 1e6:7.1f}" + " <" * (branch == plan.branch)
+        )
+    total = plan_macs(unet, plan)
+    lines += [
+        "",
+        f"plan: {steps} steps, {refreshes} in full, the others at branch {plan.branch}: {total / 1e9:.1f} GMACs an "
+        f"image, {total / steps / 1e9:.3f} a step, {steps * whole.macs / total:.2f}x fewer than uncached",
+        f"      cache {cache_bytes(unet, plan) / 1e6:.3f} MB an image",
+    ]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m minicache cost", doc=__doc__)
+    add = parser.add_argument
+    add(
+        "--ckpt",
+        default="tiny",
+        help="a checkpoint (a published one need not be on disk), or cifar10 or lsun_256 (default: tiny)",
+    )
+    add("--steps", type=int, default=100, help="(default: 100)")
+    add("--interval", type=int, default=5, help="N of 1:N (default: 5)")
+    add("--branch", type=int, default=3, help="(default: 3)")
+    add("--forecast", choices=FORECASTS, default="hold", help="(default: hold)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    print(table(shape_of(args.ckpt), uniform(args.steps, args.interval, args.branch, args.forecast)))
