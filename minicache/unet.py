@@ -1,7 +1,8 @@
-"""The U-Net of DDPM (Ho et al. 2020), with the two forward passes of DeepCache (Ma et al. 2023).
+"""The U-Net of DDPM (Ho et al. 2020), with a context as in latent diffusion (Rombach et al. 2022), and with the two
+forward passes of DeepCache (Ma et al. 2023).
 
-Read from leaf to root: time embedding -> Attention -> ResBlock -> the blocks of D and U -> UNetConfig -> UNet.
-Shapes: B images, C channels, H x W pixels.
+Read from leaf to root: time embedding -> attention -> ResBlock -> the blocks of D and U -> UNetConfig -> UNet.
+Shapes: B images, C channels, H x W pixels, N = H W tokens, K tokens of context.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """t [B] -> temb [B, 4 * channels]. Every block begins with SiLU(temb), so it is applied here, once."""
+    """t [B] -> [B, 4 * channels]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -34,30 +35,72 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, t: Tensor) -> Tensor:
-        temb = timestep_embedding(t, self.channels).to(self.linear1.weight.dtype)
-        return F.silu(self.linear2(F.silu(self.linear1(temb))))
+        return self.linear2(F.silu(self.linear1(timestep_embedding(t, self.channels).to(self.linear1.weight.dtype))))
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the pixels, with a residual connection."""
+    """Each token [B, N, channels] takes from the context [B, K, context_dim] what it asks for (Vaswani et al. 2017)."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, context_dim: int, heads: int, bias: bool):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.q = nn.Linear(channels, channels)
-        self.k = nn.Linear(channels, channels)
-        self.v = nn.Linear(channels, channels)
+        self.heads = heads
+        self.q = nn.Linear(channels, channels, bias)
+        self.k = nn.Linear(context_dim, channels, bias)
+        self.v = nn.Linear(context_dim, channels, bias)
         self.proj_out = nn.Linear(channels, channels)
         nn.init.zeros_(self.proj_out.weight)  # every residual branch starts as zero: scale 1e-10 in Ho et al.
 
-    def forward(self, h: Tensor) -> Tensor:
-        pixels = rearrange(self.norm(h), "b c h w -> b 1 (h w) c")  # one head
-        attended = F.scaled_dot_product_attention(self.q(pixels), self.k(pixels), self.v(pixels))
-        return h + rearrange(self.proj_out(attended), "b 1 (h w) c -> b c h w", h=h.shape[2])
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        qkv = self.q(tokens), self.k(context), self.v(context)
+        q, k, v = (rearrange(part, "b n (heads c) -> b heads n c", heads=self.heads) for part in qkv)
+        return self.proj_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)"))
+
+
+class SelfAttention(Attention):
+    """DDPM's attention: of the pixels to each other, in one head, with a residual connection. h [B, C, H, W]."""
+
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__(channels, channels, heads=1, bias=True)
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
+
+    def forward(self, h: Tensor, context: Tensor | None) -> Tensor:
+        pixels = rearrange(self.norm(h), "b c h w -> b (h w) c")  # [B, N, C]
+        return h + rearrange(super().forward(pixels, pixels), "b (h w) c -> b c h w", h=h.shape[2])
+
+
+class Transformer(nn.Module):
+    """Latent diffusion's attention: of the pixels to each other, then to the context, then a gated MLP (GEGLU).
+
+    Each has a residual connection, and there is one around all of it. h [B, C, H, W], context [B, K, context_dim].
+    """
+
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.attn1 = Attention(channels, channels, config.heads, bias=False)
+        self.attn2 = Attention(channels, config.context_dim, config.heads, bias=False)
+        self.mlp_in = nn.Linear(channels, 8 * channels)  # values and gates
+        self.mlp_out = nn.Linear(4 * channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def forward(self, h: Tensor, context: Tensor) -> Tensor:
+        pixels = self.proj_in(rearrange(self.norm(h), "b c h w -> b (h w) c"))  # [B, N, C]
+        normed = self.norm1(pixels)
+        pixels = pixels + self.attn1(normed, normed)
+        pixels = pixels + self.attn2(self.norm2(pixels), context)
+        value, gate = self.mlp_in(self.norm3(pixels)).chunk(2, dim=-1)
+        pixels = pixels + self.mlp_out(value * F.gelu(gate))
+        return h + rearrange(self.proj_out(pixels), "b (h w) c -> b c h w", h=h.shape[2])
 
 
 class ResBlock(nn.Module):
-    """h [B, c_in, H, W], temb [B or 1, 4 * model_channels] -> [B, c_out, H, W]; ends in Attention where asked to."""
+    """h [B, c_in, H, W], temb [B or 1, 4 * model_channels] -> [B, c_out, H, W].
+
+    Ends in attention where asked to: in a Transformer where the network takes a context, else in SelfAttention.
+    """
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig, attention: bool):
         super().__init__()
@@ -69,26 +112,27 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.attn = Attention(c_out, config.groups) if attention else nn.Identity()
+        self.attn = (Transformer if config.context_dim else SelfAttention)(c_out, config) if attention else None
 
-    def forward(self, h: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
         r = self.conv1(F.silu(self.norm1(h)))
         r = r + self.temb_proj(temb)[:, :, None, None]
         r = self.conv2(self.dropout(F.silu(self.norm2(r))))
-        return self.attn(self.shortcut(h) + r)
+        h = self.shortcut(h) + r
+        return h if self.attn is None else self.attn(h, context)
 
 
 class ConvIn(nn.Conv2d):
     """D[0]: from pixels to features."""
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
         return super().forward(x)
 
 
 class Downsample(nn.Conv2d):
     """Half the resolution, by stride 2; padded on the right and bottom only, as TensorFlow's SAME does."""
 
-    def forward(self, h: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
         return super().forward(F.pad(h, (0, 1, 0, 1)))
 
 
@@ -108,8 +152,8 @@ class UpBlock(nn.Module):
         self.block = ResBlock(c_below + c_skip, c_out, config, attention)
         self.upsample = Upsample(c_out, c_out, 3, padding=1) if up else nn.Identity()
 
-    def forward(self, h: Tensor, skip: Tensor, temb: Tensor) -> Tensor:
-        return self.upsample(self.block(torch.cat([h, skip], dim=1), temb))
+    def forward(self, h: Tensor, skip: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
+        return self.upsample(self.block(torch.cat([h, skip], dim=1), temb, context))
 
 
 @dataclass(frozen=True)
@@ -117,7 +161,7 @@ class UNetConfig:
     """The shape of a U-Net. Level l works at image_size / 2**l with model_channels * channel_mult[l] channels."""
 
     image_size: int  # pixels a side
-    model_channels: int  # a multiple of groups, as is every width
+    model_channels: int  # an even multiple of groups, as is every width
     channel_mult: tuple[int, ...]
     num_res_blocks: int = 2  # a level, on the way down; one more on the way up
     attention_resolutions: tuple[int, ...] = (16,)  # besides the middle, which always has it
@@ -125,26 +169,35 @@ class UNetConfig:
     out_channels: int = 3
     dropout: float = 0.0
     groups: int = 32  # of every GroupNorm; one of a single channel cannot see how strong the noise is
+    context_dim: int | None = None  # width of the context's tokens; None: an unconditional network
+    heads: int = 1  # of a Transformer's attention
+    num_tokens: int | None = None  # rows of a table that turns ids (words, or a class) into the context; None: no table
+    null_token: int = 0  # the id that says nothing; its row is zero unless a checkpoint says otherwise
+    pooled_context: bool = False  # every ResBlock sees the sum of the context's tokens, too, through temb
 
     def __post_init__(self):
         for name in ("channel_mult", "attention_resolutions"):  # lists from JSON become tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("image_size", "model_channels", "channel_mult", "num_res_blocks", "in_channels", "groups"):
-            sizes = getattr(self, name) if name == "channel_mult" else (getattr(self, name),)
-            if not sizes or any(type(size) is not int or size < 1 for size in sizes):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be positive whole numbers")
-        halvings = len(self.channel_mult) - 1
-        for wrong, why in (
-            (
-                self.model_channels % self.groups,
-                f"model_channels={self.model_channels} must be a multiple of groups={self.groups}",
-            ),
-            (self.image_size % 2**halvings, f"image_size={self.image_size} cannot be halved {halvings} times"),
-            (self.out_channels != self.in_channels, f"out_channels={self.out_channels} must equal in_channels"),
-            (not 0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)"),
+        optional = [name for name in ("context_dim", "num_tokens") if getattr(self, name) is not None]
+        for name in ("image_size", "model_channels", "num_res_blocks", "in_channels", "groups", "heads", *optional):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive whole number")
+        if not self.channel_mult or any(type(mult) is not int or mult < 1 for mult in self.channel_mult):
+            raise ValueError(f"channel_mult={self.channel_mult!r} must be positive whole numbers")
+        sides = [self.image_size / 2**level for level in range(len(self.channel_mult))]
+        for fine, rule in (
+            (self.model_channels % self.groups == 0, "model_channels must be a multiple of groups"),
+            (self.model_channels % self.heads == 0, "model_channels must be a multiple of heads"),
+            (self.model_channels % 2 == 0 and self.model_channels > 2, "model_channels must be even, and at least 4"),
+            (sides[-1] % 1 == 0, "image_size must be a multiple of 2 for every level but the first"),
+            (set(self.attention_resolutions) <= set(sides), "attention_resolutions must be sides of levels"),
+            (self.out_channels == self.in_channels, "out_channels must equal in_channels"),
+            (0 <= self.dropout < 1, "dropout must be in [0, 1)"),
+            (self.context_dim or not (self.num_tokens or self.pooled_context), "a context needs its context_dim"),
+            (self.null_token in range(self.num_tokens or 1), "null_token must be one of the num_tokens"),
         ):
-            if wrong:
-                raise ValueError(why)
+            if not fine:
+                raise ValueError(f"{rule}: {self}")
 
 
 # The networks of Ho et al.: CIFAR-10 (35.7M parameters), and CelebA-HQ and LSUN at 256x256 (113.7M).
@@ -153,26 +206,30 @@ LSUN_256 = UNetConfig(image_size=256, model_channels=128, channel_mult=(1, 1, 2,
 
 
 class UNet(nn.Module):
-    """eps = unet(x, t): two flat lists and a middle.
+    """eps = unet(x, t, context): two flat lists and a middle.
 
     Each D_i emits one skip and U_i consumes it, so len(D) == len(U): 12 for CIFAR-10, 18 for LSUN_256. Branch b of
     DeepCache (its own numbering, Table 12) keeps the b outermost pairs alive, D[:b] and U[:b]; `cached_U`, the output
     of U[b] (of M, if b == len(D)), stands in for all that lies deeper. The network keeps no state between calls.
 
-    x: [B, in_channels, H, W] in [-1, 1] plus noise, H and W multiples of 2**(levels - 1). t: the timestep 0..999, an
-    int or a tensor of one element (one row of temb for the whole batch) or of B. Computes in the weights' dtype;
-    eps has the shape and dtype of x.
+    x: [B, in_channels, H, W] in [-1, 1] plus noise, H and W multiples of 2**(levels - 1). t: the timestep, 0..999 and
+    anything between, a number or a tensor of one element (one row of temb for the whole batch) or of B. context: ids
+    [B, K] of the table, or tokens [B, K, context_dim]; None is the null context. Computes in the weights' dtype; eps
+    has the shape and dtype of x.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.diffusion = None  # the Diffusion it was trained with: set by whoever loads or trains it,
-        self.fingerprint = None  # and a hash of the weights, by whoever loads them
+        self.diffusion = None  # the Diffusion it was trained with: set by whoever loads or trains it
         n = config.num_res_blocks
         widths = [config.model_channels * mult for mult in config.channel_mult]
 
         self.time = TimeEmbedding(config.model_channels)
+        if config.num_tokens:
+            self.tokens = nn.Embedding(config.num_tokens, config.context_dim, padding_idx=config.null_token)
+        if config.pooled_context:
+            self.pooled = nn.Linear(config.context_dim, 4 * config.model_channels)
         self.D, self.U = nn.ModuleList(), nn.ModuleList()
         c = config.model_channels  # what D_i emits
         for level, width in enumerate(widths):
@@ -194,52 +251,74 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: float | Tensor, context: Tensor | None = None) -> Tensor:
         """eps(x, t), uncached."""
-        return self.forward_full(x, t, branch=1)[0]
+        return self.forward_full(x, t, 1, context)[0]
 
-    def forward_full(self, x: Tensor, t: int | Tensor, branch: int = 3) -> tuple[Tensor, Tensor]:
+    def forward_full(
+        self, x: Tensor, t: float | Tensor, branch: int = 3, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The whole network: (eps, cached_U), cached_U [B, *cached_shape(branch, H, W)]."""
-        h, temb = self.begin(x, t, branch)
+        h, temb, context = self.begin(x, t, branch, context)
         skips = []
         for D_i in self.D:
-            h = D_i(h, temb)
+            h = D_i(h, temb, context)
             skips.append(h)
         for M_i in self.M:
-            h = M_i(h, temb)
+            h = M_i(h, temb, context)
         for U_i in reversed(self.U[branch:]):
-            h = U_i(h, skips.pop(), temb)
+            h = U_i(h, skips.pop(), temb, context)
         cached_U = h
         for U_i in reversed(self.U[:branch]):
-            h = U_i(h, skips.pop(), temb)
+            h = U_i(h, skips.pop(), temb, context)
         return self.end(h, x), cached_U
 
-    def forward_partial(self, x: Tensor, t: int | Tensor, cached_U: Tensor, branch: int = 3) -> Tensor:
+    def forward_partial(
+        self, x: Tensor, t: float | Tensor, cached_U: Tensor, branch: int = 3, context: Tensor | None = None
+    ) -> Tensor:
         """Only the `branch` outermost pairs, around cached_U from a full pass at an earlier, noisier step: eps."""
-        h, temb = self.begin(x, t, branch, cached_U)
+        h, temb, context = self.begin(x, t, branch, context, cached_U)
         skips = []
         for D_i in self.D[:branch]:
-            h = D_i(h, temb)
+            h = D_i(h, temb, context)
             skips.append(h)
         h = cached_U
         for U_i in reversed(self.U[:branch]):
-            h = U_i(h, skips.pop(), temb)
+            h = U_i(h, skips.pop(), temb, context)
         return self.end(h, x)
 
-    def begin(self, x: Tensor, t: int | Tensor, branch: int, cached_U: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x in the weights' dtype, and temb; or a ValueError that says which argument is wrong."""
-        C, multiple = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1)
+    def begin(
+        self, x: Tensor, t: float | Tensor, branch: int, context: Tensor | None, cached_U: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x in the weights' dtype, temb and the context; or a ValueError that says which argument is wrong."""
+        C, multiple, B = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1), x.shape[0]
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(f"x has shape {list(x.shape)}; need [B, {C}, H, W], H and W multiples of {multiple}")
-        needed = [x.shape[0], *self.cached_shape(branch, *x.shape[2:])]
+        needed = [B, *self.cached_shape(branch, *x.shape[2:])]
         if cached_U is not None and list(cached_U.shape) != needed:
             raise ValueError(f"cached_U has shape {list(cached_U.shape)}; branch={branch} of this x needs {needed}")
-        if isinstance(t, int) and not 0 <= t <= 999:  # a tensor is not looked at: that would wait for the device
+        if isinstance(t, (int, float)) and not 0 <= t <= 999:  # a tensor is not looked at: that would stop the device
             raise ValueError(f"t={t} is not a timestep in 0..999")
         t = torch.as_tensor(t, device=x.device).reshape(-1)
-        if t.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"t has {t.shape[0]} elements; need 1, or one for each of the {x.shape[0]} images")
-        return x.to(self.conv_out.weight.dtype), self.time(t)
+        if t.shape[0] not in (1, B):
+            raise ValueError(f"t has {t.shape[0]} elements; need 1, or one for each of the {B} images")
+        temb, context = self.time(t), self.look_up(context, x)
+        if self.config.pooled_context:
+            temb = temb + self.pooled(context.sum(1))
+        return x.to(self.conv_out.weight.dtype), F.silu(temb), context  # every ResBlock begins with SiLU(temb)
+
+    def look_up(self, context: Tensor | None, x: Tensor) -> Tensor | None:
+        """The context as tokens [B, K, context_dim]; None where the network is unconditional."""
+        width, ids = self.config.context_dim, self.config.num_tokens
+        if context is None and ids:
+            context = torch.full((x.shape[0], 1), self.config.null_token, device=x.device)
+        if context is not None and ids and not context.is_floating_point():
+            context = self.tokens(context)
+        shape = None if context is None else (context.shape[0], context.ndim, context.shape[-1])
+        if shape != (width and (x.shape[0], 3, width)):
+            needed = f"[{x.shape[0]}, K, {width}]{', or ids' if ids else ''}" if width else "none"
+            raise ValueError(f"context is {'none' if context is None else list(context.shape)}; need {needed}")
+        return None if context is None else context.to(self.conv_out.weight.dtype)
 
     def end(self, h: Tensor, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)

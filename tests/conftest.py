@@ -84,6 +84,6 @@ class Recorder(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen = []
 
-    def forward_full(self, x, t, branch):
+    def forward_full(self, x, t, branch, context=None):
         self.seen.append(x.clone())
         return torch.zeros_like(x), x
