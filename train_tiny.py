@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.checkpoints import load
-from minicache.convert import read_file, save
+from minicache.checkpoints import load, read_file, save
 from minicache.data import Source, source
 from minicache.diffusion import Diffusion
 from minicache.images import beside, enlargement, grid, save_png, to_uint8

@@ -1,18 +1,30 @@
-"""Names -> verified files: the embedded checkpoints, and the public weights of Ho et al. (2020)."""
+"""Names -> verified files -> networks, and networks -> files of our own format.
+
+A file is read strictly: not one tensor may be missing, left over, misshapen or not finite.
+"""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import io
 import json
-from dataclasses import dataclass
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from minicache.convert import read
-from minicache.files import cache_folder, fetch
+from minicache.diffusion import Diffusion
+from minicache.files import cache_folder, fetch, replacing
 from minicache.placement import choose, place
 from minicache.unet import UNet, UNetConfig
+
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,9 @@ def locate(name_or_path: str | Path) -> Path:
     raise ValueError(f"{name!r} is neither a checkpoint's name nor a path: {hint}")
 
 
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -67,11 +82,158 @@ def load(
     memory_format: str | torch.memory_format = "auto",
     compile: str | bool = False,
 ) -> UNet:
-    """A network from a name or path, in eval mode, with `.config`, `.diffusion` and `.fingerprint`.
+    """A network from a name or path, in eval mode, with its `.config` and `.diffusion`.
 
-    name_or_path: see `python -m minicache list`, or any file or folder that `convert.read` knows; config: for
-    bare state dicts whose shapes leave it open. device, dtype, memory_format, compile: see `placement.choose`, which
-    knows what is best where any of them is "auto". Raises ValueError, or ConnectionError where a download fails.
+    name_or_path: see `python -m minicache list`, or any file or folder that `read` knows; config: for `read`. device,
+    dtype, memory_format, compile: see `placement.choose`, which knows what is best where any of them is "auto". Raises
+    ValueError, or ConnectionError where a download fails.
     """
     placement = choose(device, dtype, memory_format, compile)
     return place(read(locate(name_or_path), config), placement)
+
+
+def read(
+    path: str | Path, config: UNetConfig | None = None, *, image_size: int | None = None, ema: bool = True
+) -> UNet:
+    """The network in a file or folder, of our format or of any in `formats`: float32, on the CPU, in eval mode.
+
+    A bare file whose shapes leave it open needs its config, or its image_size; ema chooses among TensorFlow's
+    variables. ValueError says what is wrong with the file.
+    """
+    from minicache import formats  # here and not above, as formats is built on this module
+
+    path = Path(path)
+    path = formats.weights_in(path) if path.is_dir() else path
+    content = read_file(path)
+    if "config" in content and "state_dict" in content:
+        return read_own(path, content, config)
+    return formats.read(path, content, config, image_size, ema)
+
+
+def read_own(path: Path, content: Mapping[str, Any], config: UNetConfig | None = None) -> UNet:
+    """The network in the content of a file of our own format, which `save` wrote."""
+    try:
+        own, diffusion = UNetConfig(**content["config"]), Diffusion(**content["diffusion"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a checkpoint of this version of minicache: {error}") from None
+    return build(path, agreed(path, own, config), diffusion, content["state_dict"])
+
+
+def agreed(path: Path, own: Any, given: Any) -> Any:
+    """What a file says of itself (None: nothing), or else what the caller says; ValueError if they contradict."""
+    if own is not None and given not in (None, own):
+        raise ValueError(f"{path} has its own {own}, which is not the one given, {given}")
+    return given if own is None else own
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a file holds, loaded without running any code from it; ValueError where it cannot be."""
+    if not path.exists():
+        raise ValueError(f"there is no file or folder {path}")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as variables:
+                content = dict(variables)
+        elif path.suffix == ".safetensors":
+            content = _read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, MemoryError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    except pickle.UnpicklingError:  # whose message advises to load it unsafely
+        raise ValueError(f"{path} cannot be read as a checkpoint: it holds something else than tensors") from None
+    except Exception as error:  # what a damaged file makes torch and zipfile raise has many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}"
+        raise ValueError(message) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a state dict: it holds a {type(content).__name__}")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ImportError("reading .safetensors needs the package: pip install safetensors") from None
+    return load_file(path)
+
+
+def build(
+    path: Path,
+    config: UNetConfig,
+    diffusion: Diffusion,
+    state: Mapping[str, Any],
+    keys: Mapping[str, str] | None = None,
+) -> UNet:
+    """A network with exactly these tensors (in float32). keys: our names -> the file's, for what is said of errors."""
+    with torch.device("meta"):
+        unet = UNet(config)
+    needed, keys = unet.state_dict(), keys or {}
+    for problem, names in (
+        ("lacks", [keys.get(name, name) for name in needed if name not in state]),
+        ("has the unexpected", [name for name in state if name not in needed]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{path} {problem} tensor {names[0]}{more}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {keys.get(name, name)} is no tensor but a {type(tensor).__name__}")
+        if tensor.shape != needed[name].shape:
+            shapes = f"{list(tensor.shape)}; the network needs {list(needed[name].shape)}"
+            raise ValueError(f"{path}: tensor {keys.get(name, name)} has shape {shapes}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: tensor {keys.get(name, name)} holds NaN or infinity")
+    # copied, as kernels choose by the alignment of memory: every format then computes the same bits
+    weights = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
+    unet.load_state_dict(weights, assign=True)
+    unet.diffusion, unet.fingerprint = diffusion, fingerprint(unet)
+    return unet.eval()
+
+
+# --- a network's identity --------------------------------------------------------------------------------------------
+
+# What a fingerprint always covers: all fields of the first release but dropout, which changes no output.
+FIRST_FIELDS = ("image_size", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions",
+                "in_channels", "out_channels", "groups")  # fmt: skip
+
+
+def fingerprint(unet: UNet) -> str:
+    """A hash of the network's shape and of its weights as float32: 16 hex digits, the same in any format.
+
+    It is computed when asked, so that changed weights have another one; weights rounded by a dtype are changed, too.
+    Fields of the config that came after the first recipes count only where they are not at their default.
+    """
+    shape = asdict(unet.config)
+    later = [field for field in fields(unet.config) if field.name not in (*FIRST_FIELDS, "dropout")]
+    config = {name: shape[name] for name in FIRST_FIELDS}
+    config |= {field.name: shape[field.name] for field in later if shape[field.name] != field.default}
+    hasher = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(unet.state_dict().items()):
+        hasher.update(name.encode())
+        hasher.update(tensor.float().cpu().contiguous().numpy())
+    return hasher.hexdigest()[:16]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(path: str | Path, unet: UNet, half: bool = False, training: dict[str, Any] | None = None) -> None:
+    """Write our own format: {"config", "diffusion", "state_dict"}, and "training" where a run can resume from it.
+
+    half: store float16 (half the size; computing stays in float32).
+    """
+    state = {name: tensor.half() if half else tensor for name, tensor in unet.state_dict().items()}
+    content = {"config": asdict(unet.config), "diffusion": asdict(unet.diffusion), "state_dict": state}
+    if training is not None:
+        content["training"] = training
+    with replacing(path) as temporary:
+        write(temporary, content)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """torch.save, but a full disk is an OSError; torch itself reports an internal error."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())

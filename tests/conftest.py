@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minicache import Diffusion, UNet, UNetConfig
-from minicache.dialects import PESSER
+from minicache.formats.pesser import PESSER
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent

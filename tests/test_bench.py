@@ -6,7 +6,7 @@ import pytest
 from conftest import random_unet
 
 from minicache import uniform
-from minicache.convert import save
+from minicache.checkpoints import save
 from minicache.cost import macs, plan_macs
 from minicache.tools import bench
 

@@ -10,7 +10,7 @@ from conftest import random_unet
 from tqdm import tqdm
 
 from minicache import CachePlan, Diffusion, Recipe, denoise, full, load, uniform
-from minicache.convert import save
+from minicache.checkpoints import save
 from minicache.cost import Costs, full_passes
 from minicache.tools import calibrate, compare
 from minicache.tools.calibrate import fit, gauss_newton, judge, widest

@@ -11,9 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, noise, random_unet, relative
 
-from minicache import checkpoints, load
-from minicache.checkpoints import EMBEDDED, REGISTRY, Entry, locate
-from minicache.convert import save
+from minicache import load
+from minicache.checkpoints import EMBEDDED, REGISTRY, Entry, locate, save
 from minicache.files import fetch
 from minicache.tools.list import listing
 from minicache.tools.verify import golden_distances, verify
@@ -168,7 +167,7 @@ def test_verify(tmp_path, monkeypatch, capsys):
     x = noise(1, 3, 16, 16)
     golden = {name: nets[name](x, 10)[0, 0, 0, :30].flatten().tolist() for name in ("a_16", "b_16")}
     (tmp_path / "golden_ddpm_logits.json").write_text(json.dumps({**golden, "c_32": [0.0] * 30, "_how": "text"}))
-    monkeypatch.setattr(checkpoints, "embedded_folder", lambda: tmp_path)
+    monkeypatch.setattr("minicache.tools.verify.embedded_folder", lambda: tmp_path)
     assert golden_distances(nets["a_16"])["a_16"] < 1e-6 < 0.05 < golden_distances(nets["a_16"])["b_16"]
 
     files = {"right": ("a_16", "a_16"), "mixed": ("b_16", "a_16"), "wrong": ("stranger", "a_16"),

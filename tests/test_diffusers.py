@@ -8,8 +8,8 @@ import torch
 from conftest import SMALL, noise, random_unet, relative
 
 from minicache import CIFAR10, Diffusion, denoise
-from minicache.convert import read, save_diffusers
-from minicache.dialects import DIFFUSERS, OLD_ATTENTION, config_to_diffusers
+from minicache.checkpoints import read
+from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION, config_to_diffusers, save_diffusers
 from minicache.samplers import timesteps
 
 diffusers = pytest.importorskip("diffusers")

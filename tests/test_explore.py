@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from conftest import random_unet
 
-from minicache.convert import save
+from minicache.checkpoints import save
 from minicache.tools import explore
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

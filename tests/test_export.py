@@ -8,7 +8,7 @@ import torch
 from conftest import noise, random_unet, relative
 
 from minicache import Diffusion, load, sample, uniform
-from minicache.convert import save
+from minicache.checkpoints import save
 from minicache.tools import export
 
 

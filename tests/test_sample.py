@@ -11,7 +11,7 @@ from conftest import ROOT, random_unet
 from PIL import Image
 
 from minicache import Recipe, load, nonuniform, uniform
-from minicache.convert import save
+from minicache.checkpoints import save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
 from minicache.samplers import sample as sample_images

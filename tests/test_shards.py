@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, random_unet
 
-from minicache.convert import save
+from minicache.checkpoints import save
 from minicache.shards import ImageSet, fill
 from sample import main, parse
 

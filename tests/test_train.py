@@ -11,7 +11,7 @@ from PIL import Image
 
 import train_tiny
 from minicache import load, sample
-from minicache.convert import save
+from minicache.checkpoints import save
 from train_tiny import batch, main, parse
 
 QUICK = {

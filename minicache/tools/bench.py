@@ -27,10 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.convert import save_diffusers
 from minicache.cost import macs, plan_macs
 from minicache.diffusion import Diffusion
 from minicache.files import replacing
+from minicache.formats.diffusers import save_diffusers
 from minicache.metrics import psnr
 from minicache.placement import Placement, choose, cpu_capabilities, place
 from minicache.plan import full, uniform

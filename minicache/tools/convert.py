@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minicache.checkpoints import locate
-from minicache.convert import read, save, save_diffusers
+from minicache.checkpoints import locate, read, save
+from minicache.formats.diffusers import save_diffusers
 from minicache.tools import Parser
 
 

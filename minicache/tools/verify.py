@@ -10,8 +10,7 @@ import json
 
 import torch
 
-from minicache.checkpoints import REGISTRY, embedded_folder, locate
-from minicache.convert import read
+from minicache.checkpoints import REGISTRY, embedded_folder, locate, read
 from minicache.files import digest
 from minicache.tools import Parser
 from minicache.unet import UNet

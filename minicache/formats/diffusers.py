@@ -1,85 +1,19 @@
-"""How others name the same network: the tensors of pesser / ermongroup / DeepCache, diffusers and TensorFlow, and the
-configurations of diffusers."""
+"""diffusers: the names of UNet2DModel, its configuration, its schedulers, and folders of theirs."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from minicache.checkpoints import write
 from minicache.diffusion import Diffusion
-from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
+from minicache.files import replacing
+from minicache.formats.family import Dialect, Family
+from minicache.unet import UNet, UNetConfig
 
-
-@dataclass(frozen=True)
-class Dialect:
-    """How others name the same modules. {l}: level, {r}: level counted from the deepest, {j}: block of the level."""
-
-    time: tuple[str, str]
-    norm_out: str
-    down: str
-    down_attn: str
-    downsample: str
-    mid: tuple[str, str]
-    mid_attn: str
-    up: str
-    up_attn: str
-    upsample: str
-    leaves: Mapping[str, str]  # of blocks and attention, where the names differ from ours
-
-    def modules(self, config: UNetConfig) -> dict[str, str]:
-        """Our module path -> theirs, for every module that a network of this config may have."""
-        n, levels = config.num_res_blocks, len(config.channel_mult)
-        names = {"time.linear1": self.time[0], "time.linear2": self.time[1]}
-        names |= {"D.0": "conv_in", "norm_out": self.norm_out, "conv_out": "conv_out"}
-
-        def add_block(ours: str, block: str, attn: str) -> None:
-            for leaf in ("norm1", "conv1", "temb_proj", "norm2", "conv2", "shortcut"):
-                names[f"{ours}.{leaf}"] = f"{block}.{self.leaves.get(leaf, leaf)}"
-            for leaf in ("norm", "q", "k", "v", "proj_out"):
-                names[f"{ours}.attn.{leaf}"] = f"{attn}.{self.leaves.get(leaf, leaf)}"
-
-        for i in range(levels * (n + 1)):
-            level, j = divmod(i, n + 1)
-            at = {"l": level, "r": levels - 1 - level}
-            if j > 0:
-                add_block(f"D.{i}", self.down.format(j=j - 1, **at), self.down_attn.format(j=j - 1, **at))
-            elif level > 0:
-                names[f"D.{i}"] = self.downsample.format(l=level - 1)
-                names[f"U.{i}.upsample"] = self.upsample.format(**at)
-            add_block(f"U.{i}.block", self.up.format(j=n - j, **at), self.up_attn.format(j=n - j, **at))
-        add_block("M.0", self.mid[0], self.mid_attn)
-        add_block("M.1", self.mid[1], "")
-        return names
-
-    def keys(self, unet: UNet) -> dict[str, str]:
-        """Our parameter -> theirs, for exactly the parameters of this network."""
-        modules = self.modules(unet.config)
-        split = (key.rpartition(".") for key in unet.state_dict())
-        return {f"{module}.{parameter}": f"{modules[module]}.{parameter}" for module, _, parameter in split}
-
-
-PESSER = Dialect(
-    time=("temb.dense.0", "temb.dense.1"),
-    norm_out="norm_out",
-    down="down.{l}.block.{j}",
-    down_attn="down.{l}.attn.{j}",
-    downsample="down.{l}.downsample.conv",
-    mid=("mid.block_1", "mid.block_2"),
-    mid_attn="mid.attn_1",
-    up="up.{l}.block.{j}",
-    up_attn="up.{l}.attn.{j}",
-    upsample="up.{l}.upsample.conv",
-    leaves={"shortcut": "nin_shortcut"},
-)
-DIFFUSERS = Dialect(
+NAMES = Dialect(
     time=("time_embedding.linear_1", "time_embedding.linear_2"),
     norm_out="conv_norm_out",
     down="down_blocks.{l}.resnets.{j}",
@@ -109,63 +43,52 @@ def new_attention(key: str) -> str:
     return key
 
 
-def from_tensorflow(variables: Mapping[str, np.ndarray], ema: bool) -> dict[str, Tensor]:
-    """Variables of Ho et al.'s checkpoints -> pesser's names and layouts; those of the optimizer are left out."""
-    suffix = "/ExponentialMovingAverage" if ema else ""
-    pattern = re.compile(rf"model/(.+)/(W|b|gamma|beta){suffix}")
-    state = {}
-    for name, value in variables.items():
-        if match := pattern.fullmatch(name):
-            path, parameter = match.groups()
-            if not path.startswith("mid/"):  # whose block_1 is so named by pesser too
-                path = re.sub(r"(down|up|block|attn)_(\d+)", r"\1/\2", path)
-            path = re.sub(r"dense(\d)", r"dense/\1", path).replace("/", ".")
-            tensor = torch.from_numpy(np.asarray(value, np.float32))
-            if tensor.ndim == 4:  # HWIO -> OIHW
-                tensor = tensor.permute(3, 2, 0, 1)
-            elif tensor.ndim == 2:  # [in, out] -> [out, in], a 1x1 convolution but for the time embedding
-                tensor = tensor.T if "temb" in path else tensor.T[:, :, None, None]
-            state[f"{path}.{'weight' if parameter in ('W', 'gamma') else 'bias'}"] = tensor.contiguous()
-    if not state:
-        raise ValueError(
-            f"no variable of the form model/.../W{suffix}: not a TensorFlow checkpoint of DDPM"
-            + (", or one without moving averages (--raw)" if ema else "")
-        )
-    return state
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def infer_config(path: Path, state: Mapping[str, Tensor], dialect: Dialect, image_size: int | None) -> UNetConfig:
-    """The config of a bare state dict. Shapes tell all but the image size, which the presets' shapes imply."""
+def weights_in(path: Path) -> Path:
+    """The weights in a diffusers folder: a network's own, or a pipeline's with its network in unet/."""
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{path} holds no config.json: not a diffusers folder")
+    names = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise ValueError(f"{folder} holds neither {' nor '.join(names)}")
 
-    def first(level: int, j: int = 0) -> Tensor | None:
-        return state.get(f"{dialect.down.format(l=level, j=j)}.conv1.weight")
 
-    levels = next(level for level in range(len(state) + 1) if first(level) is None)
-    if not levels or "conv_in.weight" not in state:
-        raise ValueError(f"{path} is not a network of this kind: it lacks conv_in, or the first block of the way down")
-    widths, channels = [len(first(level)) for level in range(levels)], len(state["conv_in.weight"])
-    attends = [f"{dialect.down_attn.format(l=level, j=0)}.{dialect.leaves.get('q', 'q')}.weight" in state
-               for level in range(levels)]  # fmt: skip
+def told(path: Path) -> tuple[UNetConfig | None, Diffusion | None]:
+    """What config.json and scheduler_config.json beside the weights say; None where there is no such file."""
+    folder, config, diffusion = path.parent, None, None
+    if (folder / "config.json").exists():
+        config = config_from_diffusers(folder / "config.json")
+    for scheduler in (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json"):
+        if diffusion is None and scheduler.exists():
+            diffusion = diffusion_from_diffusers(scheduler)
+    return config, diffusion
 
-    def config(size: int) -> UNetConfig:
-        return UNetConfig(
-            image_size=size,
-            model_channels=channels,
-            channel_mult=tuple(width // channels for width in widths),
-            num_res_blocks=next(j for j in range(len(state) + 1) if first(0, j) is None),
-            attention_resolutions=tuple(size >> level for level in range(levels) if attends[level]),
-            in_channels=state["conv_in.weight"].shape[1],
-        )
 
-    if image_size is not None:
-        return config(image_size)
-    for preset in (CIFAR10, LSUN_256):
-        if config(preset.image_size) == replace(preset, dropout=0.0):
-            return preset
-    raise ValueError(
-        f"{path} is a bare state dict, and its shapes do not tell its image size: pass config=UNetConfig(...), "
-        "or convert it first, with python -m minicache convert SRC DST --image-size PIXELS"
-    )
+def save_diffusers(folder: str | Path, unet: UNet) -> None:
+    """A folder that diffusers' UNet2DModel, DDPMPipeline and DDIMPipeline load with from_pretrained."""
+    if Path(folder).exists():
+        raise ValueError(f"{folder} exists; choose another name for the diffusers folder")
+    state = unet.state_dict()
+    files = {
+        "config.json": config_to_diffusers(unet.config),
+        "scheduler_config.json": scheduler_to_diffusers(unet.diffusion),
+        "model_index.json": {
+            "_class_name": "DDPMPipeline",
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
+    }
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        for name, content in files.items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+        weights = {theirs: state[ours].contiguous() for ours, theirs in NAMES.keys(unet).items()}
+        write(temporary / "diffusion_pytorch_model.bin", weights)
 
 
 # --- configurations --------------------------------------------------------------------------------------------------
@@ -293,3 +216,12 @@ def scheduler_to_diffusers(diffusion: Diffusion) -> dict[str, Any]:
         "variance_type": diffusion.variance,
         "clip_sample": True,
     }
+
+
+DIFFUSERS = Family(
+    mine=lambda content: any(str(key).startswith("down_blocks.") for key in content),
+    keys=NAMES.keys,
+    infer=NAMES.infer,
+    tensors=lambda content, ema: {new_attention(key): value for key, value in content.items()},
+    told=told,
+)

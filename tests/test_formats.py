@@ -13,8 +13,9 @@ import torch
 from conftest import GOLDEN, ROOT, SMALL, noise, random_unet
 
 from minicache import CIFAR10, LSUN_256, Diffusion, UNet, UNetConfig
-from minicache.convert import read, save, save_diffusers
-from minicache.dialects import DIFFUSERS, OLD_ATTENTION, PESSER, new_attention
+from minicache.checkpoints import read, save
+from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION, new_attention, save_diffusers
+from minicache.formats.pesser import PESSER
 from minicache.tools.convert import main, parse
 
 
