@@ -1,7 +1,6 @@
 """minicache: a minimal DDPM U-Net with DeepCache (arXiv 2312.00858), in pure PyTorch."""
 
-from typing import Any
-
+from minicache.checkpoints import load
 from minicache.diffusion import Diffusion
 from minicache.plan import CachePlan, full, nonuniform, uniform
 from minicache.recipe import Recipe
@@ -24,12 +23,3 @@ __all__ = [
     "sample",
     "uniform",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """`load` on first use: `python -m minicache checkpoints` would otherwise import its own module twice."""
-    if name == "load":
-        from minicache.checkpoints import load
-
-        return load
-    raise AttributeError(f"module 'minicache' has no attribute {name!r}")
