@@ -22,7 +22,7 @@ from torch import Tensor
 from minicache.diffusion import Diffusion
 from minicache.files import cache_folder, fetch, replacing
 from minicache.placement import choose, place
-from minicache.unet import UNet, UNetConfig
+from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +51,7 @@ def embedded_folder() -> Path:
 EMBEDDED = ("tiny", "tiny_cifar10")
 # Google's files on the hub where those are the ones wanted, else P. Esser's conversions (pesser/pytorch_diffusion).
 REGISTRY = {name: Entry(**row) for name, row in json.loads((embedded_folder() / "registry.json").read_text()).items()}
+PRESETS = {"cifar10": CIFAR10, "lsun_256": LSUN_256}  # all that is in REGISTRY has one of these shapes
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -108,6 +109,16 @@ def read(
     if "config" in content and "state_dict" in content:
         return read_own(path, content, config)
     return formats.read(path, content, config, image_size, ema)
+
+
+def shape_of(name_or_path: str | Path) -> UNet:
+    """The network of a checkpoint or of PRESETS; on the meta device, without its weights, if it is a published one."""
+    name = str(name_or_path)
+    config = PRESETS.get(name) or (name in REGISTRY and PRESETS["lsun_256" if "256" in name else "cifar10"])
+    if not config:
+        return load(name_or_path)
+    with torch.device("meta"):
+        return UNet(config)
 
 
 def read_own(path: Path, content: Mapping[str, Any], config: UNetConfig | None = None) -> UNet:

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from minicache.tools.cost import shape_of
+from minicache.checkpoints import shape_of
 from minicache.tools.diagram import DEEP, EDGE, LIVE, diagram
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.checkpoints import load
+from minicache.checkpoints import PRESETS, load
 from minicache.cost import macs, plan_macs
 from minicache.diffusion import Diffusion
 from minicache.files import replacing
@@ -36,7 +36,6 @@ from minicache.placement import Placement, choose, cpu_capabilities, place
 from minicache.plan import full, uniform
 from minicache.samplers import sample
 from minicache.tools import Parser
-from minicache.tools.cost import PRESETS
 from minicache.unet import UNet
 
 BRANCHES = (1, 2, 3)
@@ -62,7 +61,7 @@ class Row(NamedTuple):
 
 
 def network(name: str) -> UNet:
-    """A checkpoint, or a shape of cost.PRESETS with random weights."""
+    """A checkpoint, or a shape of PRESETS with random weights."""
     if name not in PRESETS:
         return load(name)
     torch.manual_seed(0)

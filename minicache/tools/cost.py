@@ -7,24 +7,11 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-from minicache.checkpoints import REGISTRY, load
+from minicache.checkpoints import shape_of
 from minicache.cost import cache_bytes, cost, plan_macs, weight_bytes
 from minicache.plan import FORECASTS, CachePlan, uniform
 from minicache.tools import Parser
-from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
-
-PRESETS: dict[str, UNetConfig] = {"cifar10": CIFAR10, "lsun_256": LSUN_256}
-
-
-def shape_of(name: str) -> UNet:
-    """The network of a checkpoint; of a published one without its weights, which need not be on disk."""
-    config = PRESETS.get(name) or (name in REGISTRY and (LSUN_256 if "256" in name else CIFAR10))
-    if not config:
-        return load(name)
-    with torch.device("meta"):
-        return UNet(config)
+from minicache.unet import UNet
 
 
 def table(unet: UNet, plan: CachePlan) -> str:

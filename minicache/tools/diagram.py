@@ -9,9 +9,9 @@ import argparse
 from html import escape
 from pathlib import Path
 
+from minicache.checkpoints import shape_of
 from minicache.files import replacing
 from minicache.tools import Parser
-from minicache.tools.cost import shape_of
 from minicache.unet import Downsample, UNet
 
 BOX, PITCH, GAP = 46, 34, 10  # width of a box; from row to row; more between levels
