@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from minicache import CachePlan, Recipe, denoise, full, load, nonuniform, sample, uniform
-from minicache.checkpoints import REGISTRY, embedded_folder
+from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import VARIANCES
 from minicache.images import beside, enlargement, grid, save_gif, save_png, to_uint8
@@ -56,9 +56,11 @@ def main(args: argparse.Namespace) -> None:
     if world > 1 and shown:
         raise ValueError(f"--out {out}: {world} processes share the work of an .npz or a folder, not of one picture")
     placement = choose(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
-    unet = place(load(args.ckpt), placement)
-    recipe = recipe or recipe_within(args, unet)
-    settings = {**recipe.settings(unet.fingerprint), "clip_x0": args.clip}
+    unet = load(args.ckpt)
+    weights = fingerprint(unet)  # before they are rounded to the placement's dtype
+    place(unet, placement)
+    recipe = recipe or recipe_within(args, unet, weights)
+    settings = {**recipe.settings(weights), "clip_x0": args.clip}
     denoise(unet, seeds[-1:], **settings)  # refuses, before anything is written, what it would refuse later
     unet.cached_shape(settings["plan"].branch, *[unet.config.image_size] * 2)
     prepare_out(out)
@@ -67,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     if shown:
         show(args, unet, seeds, settings, out)
     else:
-        fill_set(args, unet, seeds, recipe, settings, placement, out)
+        fill_set(args, unet, weights, seeds, recipe, settings, placement, out)
 
 
 def show(args: argparse.Namespace, unet: UNet, seeds: range, settings: dict[str, Any], out: Path) -> None:
@@ -96,6 +98,7 @@ def show(args: argparse.Namespace, unet: UNet, seeds: range, settings: dict[str,
 def fill_set(
     args: argparse.Namespace,
     unet: UNet,
+    weights: str,
     seeds: range,
     recipe: Recipe,
     settings: dict[str, Any],
@@ -104,7 +107,7 @@ def fill_set(
 ) -> None:
     """An .npz or a folder, in shards: what an earlier run of the same line has drawn is not drawn again."""
     manifest = {
-        "weights": unet.fingerprint,
+        "weights": weights,
         **asdict(recipe),
         "clip": args.clip,
         "seed": args.seed,
@@ -142,15 +145,14 @@ def prepare_out(out: Path) -> None:
         raise ValueError(f"--out {out}: its folder cannot be made or written to ({error.strerror})") from None
 
 
-def recipe_within(args: argparse.Namespace, unet: UNet) -> Recipe:
+def recipe_within(args: argparse.Namespace, unet: UNet, weights: str) -> Recipe:
     """Of the calibrated plans that ship for these weights, the one whose cost is the nearest to --budget."""
     make_one = (
         f"make one with python -m minicache calibrate --ckpt {args.ckpt} --budget {args.budget:g} "
         "--out recipe.json, and use it with --plan recipe.json"
     )
-    costs = {
-        full_passes(unet, recipe.plan): recipe for recipe in recipes_in(embedded_folder() / "recipes", unet.fingerprint)
-    }
+    recipes = recipes_in(embedded_folder() / "recipes", weights)
+    costs = {full_passes(unet, recipe.plan): recipe for recipe in recipes}
     if not costs:
         raise ValueError(f"no calibrated plan ships for {args.ckpt}: {make_one}")
     nearest = min(costs, key=lambda cost: abs(cost - args.budget))
@@ -251,11 +253,7 @@ def compare(images: np.ndarray, uncached: np.ndarray, seconds: float, seconds_fu
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="sample.py", doc=__doc__)
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--ckpt",
-        default="tiny",
-        help="a name (python -m minicache checkpoints lists them), file or folder; default tiny",
-    )
+    add("--ckpt", default="tiny", help="a name (see python -m minicache list), file or folder; default tiny")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     add("--dtype", default="float32", choices=("auto", *DTYPES), help="of the network; default float32")
     add(

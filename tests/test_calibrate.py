@@ -10,7 +10,7 @@ from conftest import random_unet
 from tqdm import tqdm
 
 from minicache import CachePlan, Diffusion, Recipe, denoise, full, load, uniform
-from minicache.checkpoints import save
+from minicache.checkpoints import fingerprint, save
 from minicache.cost import Costs, full_passes
 from minicache.tools import calibrate, compare
 from minicache.tools.calibrate import fit, gauss_newton, judge, widest
@@ -45,7 +45,7 @@ def test_widest_plan_fits_the_budget(calibration):
 
 def test_fitted_alphas_are_the_least_squares(calibration):
     """Of the uncached features, so any other alpha forecasts them worse."""
-    recipe = Recipe(uniform(10, 4, 2), "dpm++2m", fingerprint=calibration.unet.fingerprint)
+    recipe = Recipe(uniform(10, 4, 2), "dpm++2m", fingerprint=calibration.fingerprint)
     plan = fit(calibration, recipe)
     assert plan.refresh == recipe.plan.refresh and plan.forecasts
     Y = [step.cached_U for step in denoise(calibration.unet, calibration.seeds, sampler="dpm++2m", plan=full(10, 2))]
@@ -60,7 +60,7 @@ def test_fitted_alphas_are_the_least_squares(calibration):
 
 
 def test_gauss_newton_lowers_the_error_of_the_image(calibration):
-    recipe = Recipe(uniform(13, 4, 1, "linear"), "ddim", "trailing", fingerprint=calibration.unet.fingerprint)
+    recipe = Recipe(uniform(13, 4, 1, "linear"), "ddim", "trailing", fingerprint=calibration.fingerprint)
     recipe = judge(calibration, recipe)
     better = gauss_newton(calibration, recipe, tqdm(disable=True))
     assert better.error < 0.95 * recipe.error
@@ -79,7 +79,7 @@ def test_command(net, tmp_path, capsys, monkeypatch):
     for budget in (4, 5):
         recipe = Recipe.load(tmp_path / f"net-{budget}.json")
         unet = load(net)
-        assert full_passes(unet, recipe.plan) <= budget and recipe.fingerprint == unet.fingerprint
+        assert full_passes(unet, recipe.plan) <= budget and recipe.fingerprint == fingerprint(unet)
         check = trial(unet, calibrate.CHECK)
         assert check.errors(recipe).mean().item() == pytest.approx(recipe.error, rel=1e-4)
         plms = [check.errors(fewer).mean().item() for fewer in uncached(unet, budget, ("plms",))]
@@ -117,7 +117,7 @@ def test_budgets_in_other_units(net, tmp_path, monkeypatch, unit):
 
 def test_a_plan_that_is_worse_than_fewer_steps_is_not_returned(calibration):
     """Where the search was misled by its few seeds."""
-    good, bad = (Recipe(plan, "ddim", "trailing", fingerprint=calibration.unet.fingerprint)
+    good, bad = (Recipe(plan, "ddim", "trailing", fingerprint=calibration.fingerprint)
                  for plan in (full(8), CachePlan(20, 1, (0,))))  # fmt: skip
     found = calibrate.checked(calibration, replace(bad, error=0.0), [replace(good, error=1.0)])
     assert found.plan == good.plan and found.error == pytest.approx(calibration.errors(good).mean().item())
@@ -176,7 +176,7 @@ def test_shipped_recipes_fit_the_shipped_weights():
         unet = load(name)
         for budget in (10, 15, 20, 30, 50):
             recipe = Recipe.load(folder / f"{name}-{budget}.json")
-            assert recipe.fingerprint == unet.fingerprint and recipe.start is None
+            assert recipe.fingerprint == fingerprint(unet) and recipe.start is None
             assert 0.8 * budget <= full_passes(unet, recipe.plan) <= budget
 
 

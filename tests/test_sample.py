@@ -11,7 +11,7 @@ from conftest import ROOT, random_unet
 from PIL import Image
 
 from minicache import Recipe, load, nonuniform, uniform
-from minicache.checkpoints import save
+from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
 from minicache.samplers import sample as sample_images
@@ -123,10 +123,10 @@ def test_every_flag_does_what_it_says(net, tmp_path, flags, settings):
 def test_budget_takes_the_nearest_plan_unless_it_costs_much_more():
     unet = load("tiny")
     for budget, nearest in ((9, 10), (21, 20), (1e9, 50)):
-        plan = recipe_within(parse(["--budget", str(budget)]), unet).plan
+        plan = recipe_within(parse(["--budget", str(budget)]), unet, fingerprint(unet)).plan
         assert 0.8 * nearest <= full_passes(unet, plan) <= nearest
     with pytest.raises(ValueError, match=r"the cheapest plan .* costs 10.0 full passes: make one with .* --budget 5 "):
-        recipe_within(parse(["--budget", "5"]), unet)
+        recipe_within(parse(["--budget", "5"]), unet, fingerprint(unet))
 
 
 def test_pictures_that_are_not_finite_are_refused(net, tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_pictures_that_are_not_finite_are_refused(net, tmp_path, monkeypatch):
 
 
 def test_recipe(net, tmp_path, capsys):
-    recipe = Recipe(uniform(5, 2, 2, "linear"), "dpm++2m", "trailing", fingerprint=load(net).fingerprint)
+    recipe = Recipe(uniform(5, 2, 2, "linear"), "dpm++2m", "trailing", fingerprint=fingerprint(load(net)))
     recipe.save(tmp_path / "r.json")
     flags = ["--ckpt", str(net), "--num", "2", "--plan", str(tmp_path / "r.json"), "--out", str(tmp_path / "x.npz")]
     main(parse([*flags, "--steps", "5", "--sampler", "dpm++2m"]))
@@ -148,6 +148,7 @@ def test_recipe(net, tmp_path, capsys):
     for extra in (["--steps", "6"], ["--sampler", "ddim"], ["--interval", "2"], ["--branch", "3"], ["--eta", "0.3"]):
         with pytest.raises(ValueError, match=f"{extra[0]}.* contradicts"):
             main(parse([*flags, *extra]))
+    main(parse([*flags[:-1], str(tmp_path / "16.npz"), "--dtype", "bfloat16"]))  # rounded, but the same checkpoint
 
 
 # --- what a person gets wrong ----------------------------------------------------------------------------------------

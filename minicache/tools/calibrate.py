@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.checkpoints import load
+from minicache.checkpoints import fingerprint, load
 from minicache.cost import Costs
 from minicache.data import source
 from minicache.placement import choose_device
@@ -148,7 +148,7 @@ def fit(trial: Trial, recipe: Recipe) -> CachePlan:
     alpha_t = sum <Y_t - Y_j, Y_j - Y_i> / sum |Y_j - Y_i|^2, i < j the last two refreshes before t.
     """
     plan = recipe.plan
-    settings = replace(recipe, plan=full(plan.steps, plan.branch)).settings(trial.unet.fingerprint)
+    settings = replace(recipe, plan=full(plan.steps, plan.branch)).settings(trial.fingerprint)
     alpha, older, newer = [0.0] * plan.steps, None, None
     for step in denoise(trial.unet, trial.seeds, x_T=trial.x_T, **settings):
         if step.i in plan.refresh:
@@ -219,7 +219,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--sampler {args.sampler} {'needs' if args.steps is None else 'contradicts'} --steps")
     whole = None
     if args.steps is not None:
-        whole = Recipe(full(args.steps), args.sampler, start=start, fingerprint=unet.fingerprint)
+        whole = Recipe(full(args.steps), args.sampler, start=start, fingerprint=fingerprint(unet))
     folder = not args.out.endswith(".json")
     if not folder and len(args.budget) > 1:
         raise ValueError(f"--out {args.out}: {len(args.budget)} budgets need a folder, not a .json")

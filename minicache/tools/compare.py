@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.checkpoints import embedded_folder, load
+from minicache.checkpoints import embedded_folder, fingerprint, load
 from minicache.cost import full_passes, plan_macs
 from minicache.data import source
 from minicache.files import replacing
@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--num {args.num} must be at least 2")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    recipes = recipes_in(args.recipes or embedded_folder() / "recipes", unet.fingerprint, args.start)
+    recipes = recipes_in(args.recipes or embedded_folder() / "recipes", fingerprint(unet), args.start)
     print(f"{len(recipes)} calibrated plans for this checkpoint")
     if args.ancestral:
         whole = Recipe(full(args.ancestral), "ddpm")

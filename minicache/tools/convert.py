@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minicache.checkpoints import locate, read, save
+from minicache.checkpoints import fingerprint, locate, read, save
 from minicache.formats.diffusers import save_diffusers
 from minicache.tools import Parser
 
@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> None:
         save(args.dst, unet, args.half)
         unet = read(args.dst)  # half precision has another fingerprint
     parameters = sum(p.numel() for p in unet.parameters())
-    print(f"{args.dst}: {parameters:,} parameters, {unet.config}, {unet.diffusion}, fingerprint {unet.fingerprint}")
+    print(f"{args.dst}: {parameters:,} parameters, {unet.config}, {unet.diffusion}, fingerprint {fingerprint(unet)}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from minicache.checkpoints import load
+from minicache.checkpoints import fingerprint, load
 from minicache.files import replacing
 from minicache.tools import Parser
 from minicache.unet import UNet
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         **names,
         "shape": [unet.config.in_channels, size, size],
         "branch": args.branch,
-        "fingerprint": unet.fingerprint,
+        "fingerprint": fingerprint(unet),
         "alphas_bar": unet.diffusion.alphas_bar.tolist(),
     }
     files = {"network.json": json.dumps(network) + "\n"}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minicache.checkpoints import fingerprint
 from minicache.data import Source
 from minicache.metrics import relative_l2
 from minicache.plan import full
@@ -39,9 +40,10 @@ class Trial:
     seeds: Sequence[int]
     x_T: Tensor | None  # None: pure noise, from the seeds
     reference: Tensor  # [len(seeds), C, H, W]
+    fingerprint: str  # of the network's weights
 
     def images(self, recipe: Recipe) -> Tensor:
-        settings = recipe.settings(self.unet.fingerprint)
+        settings = recipe.settings(self.fingerprint)
         return sample(self.unet, self.seeds, x_T=self.x_T, batch_size=BATCH, **settings)
 
     def errors(self, recipe: Recipe) -> Tensor:
@@ -62,9 +64,10 @@ def trial(
     if (draw is None) != (start is None):
         raise ValueError("images and start go together: the images are noised to t = start - 1")
     x_T = None if draw is None else noised(unet, seeds, draw, start)
-    settings = (reference or finest(unet, start)).settings(unet.fingerprint)
+    weights = fingerprint(unet)
+    settings = (reference or finest(unet, start)).settings(weights)
     images = sample(unet, seeds, x_T=x_T, batch_size=BATCH, progress=progress, **settings)
-    return Trial(unet, seeds, x_T, images)
+    return Trial(unet, seeds, x_T, images, weights)
 
 
 def finest(unet: UNet, start: int | None = None) -> Recipe:
@@ -89,8 +92,9 @@ def spacings(start: int | None) -> list[str]:
 
 def uncached(unet: UNet, steps: int, samplers: Sequence[str] = SOLVERS, start: int | None = None) -> list[Recipe]:
     """Fewer steps instead of caching, the baseline that matters: each sampler with every spacing."""
+    weights = fingerprint(unet)
     return [
-        Recipe(full(steps), sampler, spacing, start=start, fingerprint=unet.fingerprint)
+        Recipe(full(steps), sampler, spacing, start=start, fingerprint=weights)
         for sampler in samplers
         for spacing in spacings(start)
     ]

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.checkpoints import embedded_folder, load
+from minicache.checkpoints import embedded_folder, fingerprint, load
 from minicache.cost import Costs, plan_macs
 from minicache.data import cifar10
 from minicache.files import replacing
@@ -74,12 +74,14 @@ def main(args: argparse.Namespace) -> None:
     else:
         real = read_samples(args.real)
     placement = choose(args.device, args.dtype, compile=COMPILE[args.compile])
-    unet = place(load(args.ckpt), placement)
+    unet = load(args.ckpt)
+    weights = fingerprint(unet)  # before they are rounded to the placement's dtype
+    place(unet, placement)
     size = unet.config.image_size
     if real.shape[1:] != (size, size, 3):
         raise ValueError(f"--real {args.real} has images of {real.shape[1:]}; need ({size}, {size}, 3)")
     features = None if args.fid else classifier_features(tensor_of(real))
-    recipes = recipes_in(args.recipes or embedded_folder() / "recipes", unet.fingerprint)
+    recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
     rows = methods(unet, recipes, args.spacing, args.ancestral)
     clock, count = Costs(unet, seconds=True), Costs(unet)
     hours = args.num * clock.unit * sum(clock(recipe.plan) for recipe in rows.values()) / 3600
@@ -93,8 +95,8 @@ def main(args: argparse.Namespace) -> None:
     first = next(iter(rows.values())).plan
     reference = None
     for name, recipe in tqdm(rows.items(), desc="methods", unit="method", disable=None):
-        settings, plan = recipe.settings(unet.fingerprint), recipe.plan
-        manifest = {"weights": unet.fingerprint, **asdict(recipe), "num": args.num, "batch_size": args.batch_size,
+        settings, plan = recipe.settings(weights), recipe.plan
+        manifest = {"weights": weights, **asdict(recipe), "num": args.num, "batch_size": args.batch_size,
                     "dtype": args.dtype}  # fmt: skip
         path = Path(args.out) / f"{name}.npz"
         fill(

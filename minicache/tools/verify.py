@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from minicache.checkpoints import REGISTRY, embedded_folder, locate, read
+from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint, locate, read
 from minicache.files import digest
 from minicache.tools import Parser
 from minicache.unet import UNet
@@ -37,7 +37,7 @@ def verify(name_or_path: str) -> int:
     """Print whether a checkpoint computes what was published for it; exit code 0, or 2 where it does not."""
     path = locate(name_or_path)
     unet = read(path)
-    print(f"{path}: read strictly, {len(unet.state_dict())} tensors, all finite, fingerprint {unet.fingerprint}")
+    print(f"{path}: read strictly, {len(unet.state_dict())} tensors, all finite, fingerprint {fingerprint(unet)}")
     if path.is_file():
         print(f"sha256 {digest(path, 'sha256')}")
     entry = REGISTRY.get(name_or_path)
