@@ -78,6 +78,7 @@ def load(
     name_or_path: str | Path,
     *,
     config: UNetConfig | None = None,
+    diffusion: Diffusion | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
     memory_format: str | torch.memory_format = "auto",
@@ -85,21 +86,28 @@ def load(
 ) -> UNet:
     """A network from a name or path, in eval mode, with its `.config` and `.diffusion`.
 
-    name_or_path: see `python -m minicache list`, or any file or folder that `read` knows; config: for `read`. device,
-    dtype, memory_format, compile: see `placement.choose`, which knows what is best where any of them is "auto". Raises
-    ValueError, or ConnectionError where a download fails.
+    name_or_path: see `python -m minicache list`, or any file or folder that `read` knows; config, diffusion: see
+    `read`. device, dtype, memory_format, compile: see `placement.choose`, which knows what is best where any of them is
+    "auto". Raises ValueError, or ConnectionError where a download fails.
     """
     placement = choose(device, dtype, memory_format, compile)
-    return place(read(locate(name_or_path), config), placement)
+    return place(read(locate(name_or_path), config, diffusion), placement)
 
 
 def read(
-    path: str | Path, config: UNetConfig | None = None, *, image_size: int | None = None, ema: bool = True
+    path: str | Path,
+    config: UNetConfig | None = None,
+    diffusion: Diffusion | None = None,
+    *,
+    image_size: int | None = None,
+    groups: int | None = None,
+    ema: bool = True,
 ) -> UNet:
     """The network in a file or folder, of our format or of any in `formats`: float32, on the CPU, in eval mode.
 
-    A bare file whose shapes leave it open needs its config, or its image_size; ema chooses among TensorFlow's
-    variables. ValueError says what is wrong with the file.
+    A bare state dict tells neither its image_size and groups nor its diffusion; a caller must (image_size and groups
+    alone, or the whole config) unless its shapes are those of PRESETS. ema: the averages, where raw weights are stored
+    beside them. ValueError says what is wrong with the file, what it does not tell, or what contradicts it.
     """
     from minicache import formats  # here and not above, as formats is built on this module
 
@@ -107,8 +115,8 @@ def read(
     path = formats.weights_in(path) if path.is_dir() else path
     content = read_file(path)
     if "config" in content and "state_dict" in content:
-        return read_own(path, content, config)
-    return formats.read(path, content, config, image_size, ema)
+        return read_own(path, content, config, diffusion)
+    return formats.read(path, content, config, diffusion, image_size, groups, ema)
 
 
 def shape_of(name_or_path: str | Path) -> UNet:
@@ -121,13 +129,13 @@ def shape_of(name_or_path: str | Path) -> UNet:
         return UNet(config)
 
 
-def read_own(path: Path, content: Mapping[str, Any], config: UNetConfig | None = None) -> UNet:
+def read_own(path: Path, content: Mapping[str, Any], config: UNetConfig | None, diffusion: Diffusion | None) -> UNet:
     """The network in the content of a file of our own format, which `save` wrote."""
     try:
-        own, diffusion = UNetConfig(**content["config"]), Diffusion(**content["diffusion"])
+        own, its = UNetConfig(**content["config"]), Diffusion(**content["diffusion"])
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this version of minicache: {error}") from None
-    return build(path, agreed(path, own, config), diffusion, content["state_dict"])
+    return build(path, agreed(path, own, config), agreed(path, its, diffusion), content["state_dict"])
 
 
 def agreed(path: Path, own: Any, given: Any) -> Any:

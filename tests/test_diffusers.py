@@ -39,7 +39,7 @@ def test_folders_go_both_ways(tmp_path, unet):
     assert relative(unet(x, 10), theirs(x, 10).sample) < TOLERANCE
     for safe in (False, True):
         theirs.save_pretrained(tmp_path / f"theirs{safe}", safe_serialization=safe)
-        assert torch.equal(read(tmp_path / f"theirs{safe}")(x, 10), unet(x, 10))
+        assert torch.equal(read(tmp_path / f"theirs{safe}", diffusion=Diffusion())(x, 10), unet(x, 10))
 
 
 def test_old_attention_names_in_safetensors(tmp_path, unet):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, SMALL, noise, random_unet
 
-from minicache import CIFAR10, LSUN_256, Diffusion, UNet, UNetConfig
+from minicache import CIFAR10, LSUN_256, Diffusion, UNet, UNetConfig, load
 from minicache.checkpoints import fingerprint, read, save
 from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION, new_attention, save_diffusers
 from minicache.formats.pesser import PESSER
@@ -38,6 +38,9 @@ def test_names_and_shapes_are_the_published_ones(config, name, dialect):
         assert [*tensor.shape, *[1, 1] * conv] == published[keys[ours]]
     assert len(unet.D) == len(unet.U) == {"cifar10": 12, "256": 18}[name]
     assert sum(p.numel() for p in unet.parameters()) == {"cifar10": 35_746_307, "256": 113_673_219}[name]
+
+
+BARE = {"image_size": 16, "groups": 32, "diffusion": Diffusion()}  # what a bare file of SMALL does not tell
 
 
 def foreign(unet: UNet, form: str) -> dict[str, torch.Tensor]:
@@ -96,17 +99,17 @@ def test_every_format_gives_the_same_network(tmp_path, unet):
     save(tmp_path / "own.pt", unet)
     save_diffusers(tmp_path / "folder", unet)
     for name, settings in {
-        "pesser.ckpt": {"image_size": 16},
-        "old.bin": {"config": SMALL},
-        "new.bin": {"image_size": 16},
-        "tf.npz": {"image_size": 16},
+        "pesser.ckpt": BARE,
+        "old.bin": {"config": SMALL, "diffusion": Diffusion()},
+        "new.bin": BARE,
+        "tf.npz": BARE,
         "own.pt": {},
         "folder": {},
     }.items():
         again = read(tmp_path / name, **settings)
         assert again.config == SMALL and not again.training
         assert torch.equal(again(x, 10), unet(x, 10)), name
-    assert not torch.equal(read(tmp_path / "tf.npz", image_size=16, ema=False)(x, 10), unet(x, 10))
+    assert not torch.equal(read(tmp_path / "tf.npz", **BARE, ema=False)(x, 10), unet(x, 10))
 
 
 def test_fingerprint_tells_weights_and_not_formats(tmp_path, unet):
@@ -115,7 +118,8 @@ def test_fingerprint_tells_weights_and_not_formats(tmp_path, unet):
     other = random_unet()
     other.conv_out.bias[0] += 1e-3
     save(tmp_path / "c.pt", other)
-    a, b, c = (fingerprint(read(tmp_path / name, config=SMALL)) for name in ("a.pt", "b.ckpt", "c.pt"))
+    settings = {"config": SMALL, "diffusion": Diffusion()}
+    a, b, c = (fingerprint(read(tmp_path / name, **settings)) for name in ("a.pt", "b.ckpt", "c.pt"))
     assert a == b != c and re.fullmatch("[0-9a-f]{16}", a)
 
 
@@ -153,6 +157,48 @@ def test_bare_presets_are_recognised_by_their_shapes(tmp_path):
                 read(tmp_path / "bare.ckpt")
 
 
+@pytest.mark.parametrize("form", ["pesser", "diffusers new"])
+def test_a_bare_file_is_asked_for_what_its_shapes_do_not_tell(tmp_path, form):
+    """Eps is another one with other groups, and the pictures with another schedule: neither is guessed."""
+    tiny = load("tiny_cifar10")
+    assert tiny.config.groups != 32 and tiny.diffusion.beta_end != 0.02
+    torch.save(foreign(tiny, form), path := tmp_path / "bare.bin")
+    image, noises = "its image size and groups", "its noise schedule"
+    for settings, words in (
+        ({}, f"{image} .* and {noises}"),
+        ({"image_size": 32}, f"{image} .* and {noises}"),
+        ({"groups": 8, "diffusion": tiny.diffusion}, image),
+        ({"config": tiny.config}, f"does not tell {noises}"),
+        ({"image_size": 32, "groups": 8}, f"does not tell {noises}"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            read(path, **settings)
+        assert "convert" in str(error.value) and "\n" not in str(error.value)
+    x = noise(1, 3, 32, 32)
+    for settings in ({"config": tiny.config}, {"image_size": 32, "groups": 8}):
+        again = read(path, **settings, diffusion=tiny.diffusion)
+        assert fingerprint(again) == fingerprint(tiny) and again.diffusion == tiny.diffusion
+        assert torch.allclose(again(x, 500), tiny(x, 500), atol=1e-6)
+    assert load(path, config=tiny.config, diffusion=tiny.diffusion).diffusion == tiny.diffusion
+
+
+def test_groups_that_no_preset_has_are_no_obstacle(tmp_path):
+    """20 channels in groups of 4: a preset with so many could not be made, and is not tried."""
+    unet = random_unet(replace(SMALL, model_channels=20, groups=4))
+    torch.save(foreign(unet, "pesser"), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="does not tell its image size and groups"):
+        read(tmp_path / "x.ckpt")
+    assert read(tmp_path / "x.ckpt", **{**BARE, "groups": 4}).config == unet.config
+
+
+def test_a_folder_without_a_scheduler_is_asked_for_the_schedule(tmp_path, unet):
+    save_diffusers(tmp_path / "net", unet)
+    (tmp_path / "net" / "scheduler_config.json").unlink()
+    with pytest.raises(ValueError, match="does not tell its noise schedule"):
+        read(tmp_path / "net")
+    assert read(tmp_path / "net", diffusion=Diffusion(beta_end=0.01)).diffusion.beta_end == 0.01
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +220,7 @@ def test_strictness(tmp_path, unet, form, fault):
     torch.save(state, tmp_path / "x.ckpt")
     words = {"missing": "lacks tensor", "extra": "unexpected tensor", "shape": "has shape", "nan": "NaN"}[fault]
     with pytest.raises(ValueError, match=words) as error:
-        read(tmp_path / "x.ckpt", config=SMALL)
+        read(tmp_path / "x.ckpt", config=SMALL, diffusion=Diffusion())
     assert shown in str(error.value) and "\n" not in str(error.value)
 
 
@@ -183,8 +229,9 @@ def test_a_config_that_contradicts_the_file_is_refused(tmp_path, unet):
     save_diffusers(tmp_path / "net", unet)
     for path in ("own.pt", "net"):
         assert read(tmp_path / path, config=SMALL).config == SMALL
-        with pytest.raises(ValueError, match="not the"):
-            read(tmp_path / path, config=CIFAR10)
+        for settings in ({"config": CIFAR10}, {"diffusion": Diffusion(beta_end=0.03)}):
+            with pytest.raises(ValueError, match="not the"):
+                read(tmp_path / path, **settings)
 
 
 @pytest.mark.parametrize("form", ["minicache", "diffusers"])
@@ -231,7 +278,7 @@ def test_files_that_are_no_checkpoints(tmp_path, unet):
         read(tmp_path)
     np.savez(tmp_path / "raw.npz", **tensorflow(unet))
     with pytest.raises(ValueError, match="--raw"):
-        read(tmp_path / "raw.npz", image_size=16)
+        read(tmp_path / "raw.npz", **BARE)
 
 
 @pytest.mark.parametrize(
@@ -326,9 +373,14 @@ def test_network_takes_other_sizes_than_its_own(unet):
 
 def test_command(tmp_path, unet, capsys):
     torch.save(foreign(unet, "pesser"), tmp_path / "p.ckpt")
-    main(parse([str(tmp_path / "p.ckpt"), str(tmp_path / "d"), "--to", "diffusers", "--image-size", "16"]))
+    bare = ["--image-size", "16", "--groups", "32", "--beta-end", "0.03", "--variance", "fixed_small"]
+    with pytest.raises(ValueError, match="--image-size and --groups of convert"):
+        main(parse([str(tmp_path / "p.ckpt"), str(tmp_path / "d")]))
+    main(parse([str(tmp_path / "p.ckpt"), str(tmp_path / "d"), "--to", "diffusers", *bare]))
     main(parse([str(tmp_path / "d"), str(tmp_path / "m.pt"), "--half"]))
-    assert torch.allclose(read(tmp_path / "m.pt").conv_out.weight, unet.conv_out.weight, atol=1e-3)
+    again = read(tmp_path / "m.pt")
+    assert torch.allclose(again.conv_out.weight, unet.conv_out.weight, atol=1e-3)
+    assert again.diffusion == Diffusion(beta_end=0.03, variance="fixed_small")
     assert "fingerprint" in capsys.readouterr().out
     for ending in ("safetensors", "npz"):
         with pytest.raises(ValueError, match="another format"):

@@ -6,13 +6,14 @@ A new family is one more file here with a `Family` in it (family.py says what th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minicache.checkpoints import agreed, build
+from minicache.checkpoints import PRESETS, agreed, build
 from minicache.diffusion import Diffusion
 from minicache.formats.diffusers import DIFFUSERS, weights_in
 from minicache.formats.pesser import PESSER
@@ -24,21 +25,25 @@ __all__ = ["FAMILIES", "read", "weights_in"]
 FAMILIES = (DIFFUSERS, TENSORFLOW, PESSER)
 
 
-def read(path: Path, content: Mapping[str, Any], config: UNetConfig | None, image_size: int | None, ema: bool) -> UNet:
+def read(
+    path: Path,
+    content: Mapping[str, Any],
+    config: UNetConfig | None,
+    diffusion: Diffusion | None,
+    image_size: int | None,
+    groups: int | None,
+    ema: bool,
+) -> UNet:
     """The network in the content of a foreign file; the arguments are those of `checkpoints.read`."""
     family = next((family for family in FAMILIES if family.mine(content)), None)
     theirs = family.tensors(content, ema) if family else content
-    if not theirs or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in theirs.items()):
-        kinds = sorted({type(value).__name__ for value in theirs.values()})
-        raise ValueError(f"{path} is not a state dict: it holds {', '.join(kinds) or 'nothing'}")
-    if any(key.startswith("module.") for key in theirs):
-        raise ValueError(f"{path} has keys that begin with 'module.': a training checkpoint, not a bare state dict")
+    refuse_other_things(path, theirs)
     if family is None:
         raise ValueError(f"{path} is not a network of this kind: no known family calls a tensor {next(iter(theirs))}")
-    own_config, diffusion = family.told(path)
-    config = agreed(path, own_config, config) or family.infer(path, theirs, image_size)
-    if diffusion is None:  # Ho et al.: fixed_large for CIFAR-10; the published 256x256 weights have fixed_small
-        diffusion = Diffusion(variance="fixed_large" if config.image_size <= 32 else "fixed_small")
+    own_config, own_diffusion = family.told(path)
+    config = agreed(path, own_config, config) or family.infer(path, theirs, image_size, groups)
+    diffusion = agreed(path, own_diffusion, diffusion) or published_diffusion(config)
+    refuse_to_guess(path, config, diffusion)
     with torch.device("meta"):
         unet = UNet(config)
     keys, needed = family.keys(unet), unet.state_dict()
@@ -48,3 +53,32 @@ def read(path: Path, content: Mapping[str, Any], config: UNetConfig | None, imag
         conv = name in needed and needed[name].ndim == 2 and tensor.ndim == 4  # theirs is a 1x1 one, ours Linear
         state[name] = tensor.flatten(1) if conv else tensor
     return build(path, config, diffusion, state, keys)
+
+
+def refuse_other_things(path: Path, content: Mapping[str, Any]) -> None:
+    """ValueError for what is no bare state dict."""
+    if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        kinds = sorted({type(value).__name__ for value in content.values()})
+        raise ValueError(f"{path} is not a state dict: it holds {', '.join(kinds) or 'nothing'}")
+    if any(key.startswith("module.") for key in content):
+        raise ValueError(f"{path} has keys that begin with 'module.': a training checkpoint, not a bare state dict")
+
+
+def published_diffusion(config: UNetConfig | None) -> Diffusion | None:
+    """What Ho et al. trained the networks of PRESETS with; None for another config.
+
+    The variances: fixed_large for CIFAR-10, fixed_small with the published 256x256 weights.
+    """
+    if config and any(replace(config, dropout=preset.dropout) == preset for preset in PRESETS.values()):
+        return Diffusion(variance="fixed_large" if config.image_size <= 32 else "fixed_small")
+    return None
+
+
+def refuse_to_guess(path: Path, config: UNetConfig | None, diffusion: Diffusion | None) -> None:
+    """ValueError for what is still not known, with who may say it, and how."""
+    missing = [what for what, value in (
+        ("its image size and groups (config=UNetConfig(...), or --image-size and --groups of convert)", config),
+        ("its noise schedule (diffusion=Diffusion(...), or --beta-end of convert)", diffusion),
+    ) if value is None]  # fmt: skip
+    if missing:
+        raise ValueError(f"{path} does not tell {' and '.join(missing)}")

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from minicache.checkpoints import PRESETS
 from minicache.diffusion import Diffusion
-from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
+from minicache.unet import UNet, UNetConfig
 
 
 @dataclass(frozen=True)
 class Family:
-    """How others write the same network: all that `formats.read` asks of them. content: of a file, as it was read."""
+    """How others write the same network: all that `formats.read` asks of them.
 
-    mine: Callable[[Mapping[str, Any]], bool]  # does this content look like theirs?
-    keys: Callable[[UNet], dict[str, str]]  # our parameter -> theirs, for exactly the parameters of this network
-    infer: Callable[[Path, Mapping[str, Tensor], int | None], UNetConfig]  # the config, from shapes: Dialect.infer
-    # the tensors in this content by their names; ema: the averages, where there are raw weights, too
+    mine(content): does what a file holds look like theirs? keys(unet): our parameter -> theirs, for exactly the
+    parameters of this network. infer(path, tensors, image_size, groups): the config, from shapes; None where image_size
+    and groups are needed. tensors(content, ema): the tensors by their names; ema: averages, where there are raw weights
+    beside them. told(path): the config and the diffusion in files beside this one, each None where there is none.
+    """
+
+    mine: Callable[[Mapping[str, Any]], bool]
+    keys: Callable[[UNet], dict[str, str]]
+    infer: Callable[[Path, Mapping[str, Tensor], int | None, int | None], UNetConfig | None]
     tensors: Callable[[Mapping[str, Any], bool], Mapping[str, Tensor]] = lambda content, ema: content
-    # what files beside this one tell
     told: Callable[[Path], tuple[UNetConfig | None, Diffusion | None]] = lambda path: (None, None)
 
 
@@ -73,37 +78,36 @@ class Dialect:
         split = (key.rpartition(".") for key in unet.state_dict())
         return {f"{module}.{parameter}": f"{modules[module]}.{parameter}" for module, _, parameter in split}
 
-    def infer(self, path: Path, state: Mapping[str, Tensor], image_size: int | None) -> UNetConfig:
-        """The config of a bare state dict. Shapes tell all but the image size, which the presets' shapes imply."""
+    def infer(
+        self, path: Path, state: Mapping[str, Tensor], image_size: int | None, groups: int | None
+    ) -> UNetConfig | None:
+        """The config of a bare state dict; shapes tell all of it but image_size and groups.
+
+        PRESETS are recognised by their shapes; None for another network where image_size or groups is missing.
+        """
 
         def first(level: int, j: int = 0) -> Tensor | None:
             return state.get(f"{self.down.format(l=level, j=j)}.conv1.weight")
 
         levels = next(level for level in range(len(state) + 1) if first(level) is None)
         if not levels or "conv_in.weight" not in state:
-            raise ValueError(
-                f"{path} is not a network of this kind: it lacks conv_in, or the first block on the way down"
-            )
-        widths, channels = [len(first(level)) for level in range(levels)], len(state["conv_in.weight"])
-        attends = [f"{self.down_attn.format(l=level, j=0)}.{self.leaves.get('q', 'q')}.weight" in state
-                   for level in range(levels)]  # fmt: skip
-
-        def config(size: int) -> UNetConfig:
-            return UNetConfig(
-                image_size=size,
-                model_channels=channels,
-                channel_mult=tuple(width // channels for width in widths),
-                num_res_blocks=next(j for j in range(len(state) + 1) if first(0, j) is None),
-                attention_resolutions=tuple(size >> level for level in range(levels) if attends[level]),
-                in_channels=state["conv_in.weight"].shape[1],
-            )
-
-        if image_size is not None:
-            return config(image_size)
-        for preset in (CIFAR10, LSUN_256):
-            if config(preset.image_size) == replace(preset, dropout=0.0):
+            needed = "conv_in, or the first block on the way down"
+            raise ValueError(f"{path} is not a network of this kind: it lacks {needed}")
+        channels, q = len(state["conv_in.weight"]), self.leaves.get("q", "q")
+        attends = [level for level in range(levels) if f"{self.down_attn.format(l=level, j=0)}.{q}.weight" in state]
+        shapes = {
+            "model_channels": channels,
+            "channel_mult": tuple(len(first(level)) // channels for level in range(levels)),
+            "num_res_blocks": next(j for j in range(len(state) + 1) if first(0, j) is None),
+            "in_channels": state["conv_in.weight"].shape[1],
+        }
+        for preset in PRESETS.values():
+            size = preset.image_size
+            told = {**shapes, "attention_resolutions": tuple(size >> level for level in attends)}
+            alike = all(getattr(preset, name) == value for name, value in told.items())
+            if alike and image_size in (None, size) and groups in (None, preset.groups):
                 return preset
-        raise ValueError(
-            f"{path} is a bare state dict, and its shapes do not tell its image size: pass config=UNetConfig(...), "
-            "or convert it first, with python -m minicache convert SRC DST --image-size PIXELS"
-        )
+        if image_size is None or groups is None:
+            return None
+        attention = tuple(image_size >> level for level in attends)
+        return UNetConfig(image_size, attention_resolutions=attention, groups=groups, **shapes)

@@ -10,12 +10,18 @@ import argparse
 from pathlib import Path
 
 from minicache.checkpoints import fingerprint, locate, read, save
+from minicache.diffusion import VARIANCES, Diffusion
 from minicache.formats.diffusers import save_diffusers
 from minicache.tools import Parser
 
 
 def main(args: argparse.Namespace) -> None:
-    unet = read(locate(args.src), image_size=args.image_size, ema=not args.raw)
+    if args.beta_end is None and args.variance is not None:
+        raise ValueError(f"--variance {args.variance} goes with --beta-end, without which there is no new schedule")
+    schedule = {"beta_end": args.beta_end, "variance": args.variance or VARIANCES[0]}
+    diffusion = None if args.beta_end is None else Diffusion(**schedule)
+    settings = {"image_size": args.image_size, "groups": args.groups, "ema": not args.raw}
+    unet = read(locate(args.src), diffusion=diffusion, **settings)
     if args.to == "diffusers":
         save_diffusers(args.dst, unet)
     elif args.dst.suffix in (".safetensors", ".npz", ".bin"):
@@ -36,5 +42,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--ema", action="store_true", help="TensorFlow .npz: the moving averages (default)")
     which.add_argument("--raw", action="store_true", help="TensorFlow .npz: the raw variables")
-    parser.add_argument("--image-size", type=int, help="for a bare state dict whose shapes do not tell: pixels a side")
+    add = parser.add_argument_group("what a bare state dict does not tell (unless it is of Ho et al.)").add_argument
+    add("--image-size", type=int, metavar="PIXELS", help="a side")
+    add("--groups", type=int, help="of its GroupNorms")
+    add("--beta-end", type=float, help="of the noise schedule that it was trained with")
+    add("--variance", choices=VARIANCES, help=f"of ancestral sampling (default: {VARIANCES[0]})")
     return parser.parse_args(argv)
