@@ -101,13 +101,13 @@ def read(
     *,
     image_size: int | None = None,
     groups: int | None = None,
-    ema: bool = True,
+    raw: bool = False,
 ) -> UNet:
     """The network in a file or folder, of our format or of any in `formats`: float32, on the CPU, in eval mode.
 
     A bare state dict tells neither its image_size and groups nor its diffusion; a caller must (image_size and groups
-    alone, or the whole config) unless its shapes are those of PRESETS. ema: the averages, where raw weights are stored
-    beside them. ValueError says what is wrong with the file, what it does not tell, or what contradicts it.
+    alone, or the whole config) unless its shapes are those of PRESETS. raw: not the averages, where both are stored.
+    ValueError says what is wrong with the file, what it does not tell, and what was said that it leaves no room for.
     """
     from minicache import formats  # here and not above, as formats is built on this module
 
@@ -115,8 +115,9 @@ def read(
     path = formats.weights_in(path) if path.is_dir() else path
     content = read_file(path)
     if "config" in content and "state_dict" in content:
+        refuse_idle(path, image_size=image_size, groups=groups, raw=raw or None)
         return read_own(path, content, config, diffusion)
-    return formats.read(path, content, config, diffusion, image_size, groups, ema)
+    return formats.read(path, content, config, diffusion, image_size, groups, raw)
 
 
 def shape_of(name_or_path: str | Path) -> UNet:
@@ -143,6 +144,12 @@ def agreed(path: Path, own: Any, given: Any) -> Any:
     if own is not None and given not in (None, own):
         raise ValueError(f"{path} has its own {own}, which is not the one given, {given}")
     return given if own is None else own
+
+
+def refuse_idle(path: Path, **settings: int | None) -> None:
+    """ValueError for settings that are given (not None) and would change nothing."""
+    if said := [f"{name}={value}" for name, value in settings.items() if value is not None]:
+        raise ValueError(f"{path} leaves nothing open that {' or '.join(said)} could decide")
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_every_format_gives_the_same_network(tmp_path, unet):
         again = read(tmp_path / name, **settings)
         assert again.config == SMALL and not again.training
         assert torch.equal(again(x, 10), unet(x, 10)), name
-    assert not torch.equal(read(tmp_path / "tf.npz", **BARE, ema=False)(x, 10), unet(x, 10))
+    assert not torch.equal(read(tmp_path / "tf.npz", **BARE, raw=True)(x, 10), unet(x, 10))
 
 
 def test_fingerprint_tells_weights_and_not_formats(tmp_path, unet):
@@ -222,6 +222,33 @@ def test_strictness(tmp_path, unet, form, fault):
     with pytest.raises(ValueError, match=words) as error:
         read(tmp_path / "x.ckpt", config=SMALL, diffusion=Diffusion())
     assert shown in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_would_change_nothing_is_refused(tmp_path, unet):
+    save(tmp_path / "own.pt", unet)
+    save_diffusers(tmp_path / "net", unet)
+    torch.save(foreign(unet, "pesser"), tmp_path / "p.ckpt")
+    for name in ("own.pt", "net"):
+        for settings in ({"image_size": 16}, {"groups": 32}, {"image_size": 64, "groups": 8}):
+            with pytest.raises(ValueError, match=r"leaves nothing open that (image_size|groups)="):
+                read(tmp_path / name, **settings)
+    with pytest.raises(ValueError, match="image_size=16 or groups=32 could decide"):
+        read(tmp_path / "p.ckpt", **BARE, config=SMALL)
+    for name, settings in (("own.pt", {}), ("net", {}), ("p.ckpt", BARE)):
+        with pytest.raises(ValueError, match="raw=True"):
+            read(tmp_path / name, **settings, raw=True)
+    for flags in (
+        ["--image-size", "16"],
+        ["--groups", "32"],
+        ["--raw"],
+        ["--beta-end", "0.5"],
+        ["--variance", "fixed_small"],
+    ):
+        with pytest.raises(ValueError, match=r"nothing open|has its own|goes with"):
+            main(parse([str(tmp_path / "own.pt"), str(tmp_path / "x.pt"), *flags]))
+    with pytest.raises(ValueError, match="--half"):
+        main(parse([str(tmp_path / "own.pt"), str(tmp_path / "x.pt"), "--half", "--to", "diffusers"]))
+    assert not (tmp_path / "x.pt").exists()
 
 
 def test_a_config_that_contradicts_the_file_is_refused(tmp_path, unet):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minicache.checkpoints import PRESETS, agreed, build
+from minicache.checkpoints import PRESETS, agreed, build, refuse_idle
 from minicache.diffusion import Diffusion
 from minicache.formats.diffusers import DIFFUSERS, weights_in
 from minicache.formats.pesser import PESSER
@@ -32,16 +32,20 @@ def read(
     diffusion: Diffusion | None,
     image_size: int | None,
     groups: int | None,
-    ema: bool,
+    raw: bool,
 ) -> UNet:
     """The network in the content of a foreign file; the arguments are those of `checkpoints.read`."""
     family = next((family for family in FAMILIES if family.mine(content)), None)
-    theirs = family.tensors(content, ema) if family else content
+    theirs = family.tensors(content, raw) if family else content
     refuse_other_things(path, theirs)
     if family is None:
         raise ValueError(f"{path} is not a network of this kind: no known family calls a tensor {next(iter(theirs))}")
     own_config, own_diffusion = family.told(path)
-    config = agreed(path, own_config, config) or family.infer(path, theirs, image_size, groups)
+    refuse_idle(path, raw=None if family.averages else raw or None)
+    if config := agreed(path, own_config, config):
+        refuse_idle(path, image_size=image_size, groups=groups)
+    else:
+        config = family.infer(path, theirs, image_size, groups)
     diffusion = agreed(path, own_diffusion, diffusion) or published_diffusion(config)
     refuse_to_guess(path, config, diffusion)
     with torch.device("meta"):

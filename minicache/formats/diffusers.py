@@ -222,6 +222,6 @@ DIFFUSERS = Family(
     mine=lambda content: any(str(key).startswith("down_blocks.") for key in content),
     keys=NAMES.keys,
     infer=NAMES.infer,
-    tensors=lambda content, ema: {new_attention(key): value for key, value in content.items()},
+    tensors=lambda content, raw: {new_attention(key): value for key, value in content.items()},
     told=told,
 )

@@ -18,16 +18,19 @@ from minicache.unet import UNet, UNetConfig
 class Family:
     """How others write the same network: all that `formats.read` asks of them.
 
-    mine(content): does what a file holds look like theirs? keys(unet): our parameter -> theirs, for exactly the
-    parameters of this network. infer(path, tensors, image_size, groups): the config, from shapes; None where image_size
-    and groups are needed. tensors(content, ema): the tensors by their names; ema: averages, where there are raw weights
-    beside them. told(path): the config and the diffusion in files beside this one, each None where there is none.
+    mine(content): does what a file holds look like theirs?
+    tensors(content, raw): the tensors in it by their names; raw: not the averages, where files hold both.
+    averages: do their files hold both?
+    told(path): the config and the diffusion that files beside this one tell; each None where none does.
+    infer(path, tensors, image_size, groups): the config, from shapes; None where image_size or groups is missing.
+    keys(unet): our parameter -> theirs, for exactly the parameters of this network.
     """
 
     mine: Callable[[Mapping[str, Any]], bool]
     keys: Callable[[UNet], dict[str, str]]
     infer: Callable[[Path, Mapping[str, Tensor], int | None, int | None], UNetConfig | None]
-    tensors: Callable[[Mapping[str, Any], bool], Mapping[str, Tensor]] = lambda content, ema: content
+    tensors: Callable[[Mapping[str, Any], bool], Mapping[str, Tensor]] = lambda content, raw: content
+    averages: bool = False
     told: Callable[[Path], tuple[UNetConfig | None, Diffusion | None]] = lambda path: (None, None)
 
 

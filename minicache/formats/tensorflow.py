@@ -13,9 +13,9 @@ from minicache.formats.family import Family
 from minicache.formats.pesser import NAMES
 
 
-def from_tensorflow(variables: Mapping[str, np.ndarray], ema: bool) -> dict[str, Tensor]:
+def from_tensorflow(variables: Mapping[str, np.ndarray], raw: bool = False) -> dict[str, Tensor]:
     """Variables of Ho et al.'s checkpoints -> pesser's names and layouts; those of the optimizer are left out."""
-    suffix = "/ExponentialMovingAverage" if ema else ""
+    suffix = "" if raw else "/ExponentialMovingAverage"
     pattern = re.compile(rf"model/(.+)/(W|b|gamma|beta){suffix}")
     state = {}
     for name, value in variables.items():
@@ -33,7 +33,7 @@ def from_tensorflow(variables: Mapping[str, np.ndarray], ema: bool) -> dict[str,
     if not state:
         raise ValueError(
             f"no variable of the form model/.../W{suffix}: not a TensorFlow checkpoint of DDPM"
-            + (", or one without moving averages (--raw)" if ema else "")
+            + ("" if raw else ", or one without moving averages (--raw)")
         )
     return state
 
@@ -43,4 +43,5 @@ TENSORFLOW = Family(
     keys=NAMES.keys,
     infer=NAMES.infer,
     tensors=from_tensorflow,
+    averages=True,
 )

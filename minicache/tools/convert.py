@@ -20,7 +20,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--variance {args.variance} goes with --beta-end, without which there is no new schedule")
     schedule = {"beta_end": args.beta_end, "variance": args.variance or VARIANCES[0]}
     diffusion = None if args.beta_end is None else Diffusion(**schedule)
-    settings = {"image_size": args.image_size, "groups": args.groups, "ema": not args.raw}
+    settings = {"image_size": args.image_size, "groups": args.groups, "raw": args.raw}
+    if args.half and args.to != "minicache":
+        raise ValueError("--half is for minicache's own format")
     unet = read(locate(args.src), diffusion=diffusion, **settings)
     if args.to == "diffusers":
         save_diffusers(args.dst, unet)
