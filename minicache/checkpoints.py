@@ -248,14 +248,21 @@ def fingerprint(unet: UNet) -> str:
 def save(path: str | Path, unet: UNet, half: bool = False, training: dict[str, Any] | None = None) -> None:
     """Write our own format: {"config", "diffusion", "state_dict"}, and "training" where a run can resume from it.
 
-    half: store float16 (half the size; computing stays in float32).
+    half: store float16 (half the size; computing stays in float32). ValueError for a network without `.diffusion`.
     """
     state = {name: tensor.half() if half else tensor for name, tensor in unet.state_dict().items()}
-    content = {"config": asdict(unet.config), "diffusion": asdict(unet.diffusion), "state_dict": state}
+    content = {"config": asdict(unet.config), "diffusion": asdict(diffusion_of(unet)), "state_dict": state}
     if training is not None:
         content["training"] = training
     with replacing(path) as temporary:
         write(temporary, content)
+
+
+def diffusion_of(unet: UNet) -> Diffusion:
+    """What the network was trained with; ValueError where nobody has said it."""
+    if unet.diffusion is None:
+        raise ValueError("the network has no .diffusion: set it to the Diffusion(...) that it was trained with")
+    return unet.diffusion
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -251,6 +251,13 @@ def test_what_would_change_nothing_is_refused(tmp_path, unet):
     assert not (tmp_path / "x.pt").exists()
 
 
+@pytest.mark.parametrize("writer", [save, save_diffusers])
+def test_a_network_without_its_diffusion_is_not_saved(tmp_path, writer):
+    with pytest.raises(ValueError, match=r"no \.diffusion"):
+        writer(tmp_path / "x.pt", UNet(SMALL))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_config_that_contradicts_the_file_is_refused(tmp_path, unet):
     save(tmp_path / "own.pt", unet)
     save_diffusers(tmp_path / "net", unet)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minicache.checkpoints import write
+from minicache.checkpoints import diffusion_of, write
 from minicache.diffusion import Diffusion
 from minicache.files import replacing
 from minicache.formats.family import Dialect, Family
@@ -76,7 +76,7 @@ def save_diffusers(folder: str | Path, unet: UNet) -> None:
     state = unet.state_dict()
     files = {
         "config.json": config_to_diffusers(unet.config),
-        "scheduler_config.json": scheduler_to_diffusers(unet.diffusion),
+        "scheduler_config.json": scheduler_to_diffusers(diffusion_of(unet)),
         "model_index.json": {
             "_class_name": "DDPMPipeline",
             "scheduler": ["diffusers", "DDPMScheduler"],
