@@ -258,6 +258,17 @@ def test_a_network_without_its_diffusion_is_not_saved(tmp_path, writer):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("family", [DIFFUSERS, PESSER])
+def test_a_network_with_a_context_has_no_names_in_these_families(tmp_path, family):
+    unet = UNet(replace(SMALL, context_dim=8))
+    unet.diffusion = Diffusion()
+    with pytest.raises(ValueError, match="context_dim=8"):
+        family.keys(unet)
+    with pytest.raises(ValueError, match="context_dim=8"):
+        save_diffusers(tmp_path / "net", unet)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_config_that_contradicts_the_file_is_refused(tmp_path, unet):
     save(tmp_path / "own.pt", unet)
     save_diffusers(tmp_path / "net", unet)

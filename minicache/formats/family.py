@@ -77,6 +77,8 @@ class Dialect:
 
     def keys(self, unet: UNet) -> dict[str, str]:
         """Our parameter -> theirs, for exactly the parameters of this network."""
+        if unet.config.context_dim:
+            raise ValueError(f"this format has no network with a context, and so no names for {unet.config}")
         modules = self.modules(unet.config)
         split = (key.rpartition(".") for key in unet.state_dict())
         return {f"{module}.{parameter}": f"{modules[module]}.{parameter}" for module, _, parameter in split}
