@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, noise, random_unet, relative
 
-from minicache import load
-from minicache.checkpoints import EMBEDDED, REGISTRY, Entry, fingerprint, locate, save
+from minicache import Diffusion, load
+from minicache.checkpoints import EMBEDDED, REGISTRY, Entry, fingerprint, locate, read, save
 from minicache.files import fetch
 from minicache.tools.list import listing
 from minicache.tools.verify import golden_distances, verify
@@ -160,6 +160,17 @@ def test_names_and_paths(tmp_path, unet):
     eps = again(x, 10)
     assert again.conv_out.weight.dtype == torch.bfloat16 and eps.dtype == torch.float32
     assert relative(eps, unet(x, 10)) < 0.05 and fingerprint(load(tmp_path / "net.pt")) == fingerprint(unet)
+
+
+def test_own_format_keeps_config_and_diffusion(tmp_path, unet):
+    unet = random_unet()
+    unet.diffusion = Diffusion(beta_end=0.012, variance="fixed_small")
+    save(tmp_path / "full.pt", unet)
+    save(tmp_path / "half.pt", unet, half=True)
+    assert (tmp_path / "half.pt").stat().st_size < 0.6 * (tmp_path / "full.pt").stat().st_size
+    again = read(tmp_path / "half.pt")
+    assert again.diffusion == unet.diffusion and again.conv_out.weight.dtype == torch.float32
+    assert torch.allclose(again(noise(1, 3, 16, 16), 5), unet(noise(1, 3, 16, 16), 5), atol=1e-2)
 
 
 def test_golden_input_is_the_published_one():
