@@ -1,6 +1,7 @@
 """Networks for the tests: small, random in every weight, quick."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from minicache import Diffusion, UNet, UNetConfig
+from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION
 from minicache.formats.pesser import PESSER
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
 SMALL = UNetConfig(image_size=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,))
+BARE = {"image_size": 16, "groups": 32, "diffusion": Diffusion()}  # what a bare file of SMALL does not tell
 
 
 def official_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -39,6 +42,40 @@ def random_unet(config: UNetConfig = SMALL) -> UNet:
     unet.load_state_dict(state, assign=True)
     unet.diffusion = Diffusion()
     return unet.eval()
+
+
+def foreign(unet: UNet, form: str) -> dict[str, torch.Tensor]:
+    """The network's tensors as others store them; written down apart from the code that reads them."""
+    state = unet.state_dict()
+    if form.startswith("diffusers"):
+        names = {theirs: state[ours] for ours, theirs in DIFFUSERS.keys(unet).items()}
+        if form == "diffusers old":
+            for old, new in OLD_ATTENTION.items():
+                names = {key.replace(new, old): value for key, value in names.items()}
+        return names
+    pesser = {}
+    for ours, theirs in PESSER.keys(unet).items():
+        attention = bool(re.search(r"attn.*\.(q|k|v|proj_out)\.weight", theirs))
+        pesser[theirs] = state[ours][:, :, None, None] if attention else state[ours]
+    return pesser
+
+
+def tensorflow(unet: UNet, suffix: str = "") -> dict[str, np.ndarray]:
+    variables = {}
+    for key, tensor in foreign(unet, "pesser").items():
+        path, _, parameter = key.rpartition(".")
+        path = re.sub(r"(down|up)\.(\d+)", r"\1_\2", path)
+        path = re.sub(r"\b(block|attn)\.(\d+)", r"\1_\2", path).replace("dense.", "dense")
+        array = tensor.numpy()
+        if array.ndim == 4:
+            nin = array.shape[2:] == (1, 1)
+            array = array[:, :, 0, 0].T if nin else array.transpose(2, 3, 1, 0)
+        elif array.ndim == 2:
+            array = array.T
+        normed = "norm" in path.split(".")[-1]
+        name = {"weight": "gamma" if normed else "W", "bias": "beta" if normed else "b"}[parameter]
+        variables[f"model/{path.replace('.', '/')}/{name}{suffix}"] = array
+    return variables
 
 
 @pytest.fixture(scope="session")
