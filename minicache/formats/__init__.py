@@ -40,7 +40,7 @@ def read(
     refuse_other_things(path, theirs)
     if family is None:
         raise ValueError(f"{path} is not a network of this kind: no known family calls a tensor {next(iter(theirs))}")
-    own_config, own_diffusion = family.told(path)
+    own_config, own_diffusion = family.told(path, content)
     refuse_idle(path, raw=None if family.averages else raw or None)
     if config := agreed(path, own_config, config):
         refuse_idle(path, image_size=image_size, groups=groups)

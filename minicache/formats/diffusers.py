@@ -58,7 +58,7 @@ def weights_in(path: Path) -> Path:
     raise ValueError(f"{folder} holds neither {' nor '.join(names)}")
 
 
-def told(path: Path) -> tuple[UNetConfig | None, Diffusion | None]:
+def told(path: Path, content: Mapping[str, Any]) -> tuple[UNetConfig | None, Diffusion | None]:
     """What config.json and scheduler_config.json beside the weights say; None where there is no such file."""
     folder, config, diffusion = path.parent, None, None
     if (folder / "config.json").exists():

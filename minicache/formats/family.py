@@ -21,7 +21,7 @@ class Family:
     mine(content): does what a file holds look like theirs?
     tensors(content, raw): the tensors in it by their names; raw: not the averages, where files hold both.
     averages: do their files hold both?
-    told(path): the config and the diffusion that files beside this one tell; each None where none does.
+    told(path, content): the config and the diffusion that this file, or one beside it, tells; each None if none does.
     infer(path, tensors, image_size, groups): the config, from shapes; None where image_size or groups is missing.
     keys(unet): our parameter -> theirs, for exactly the parameters of this network.
     """
@@ -31,7 +31,7 @@ class Family:
     infer: Callable[[Path, Mapping[str, Tensor], int | None, int | None], UNetConfig | None]
     tensors: Callable[[Mapping[str, Any], bool], Mapping[str, Tensor]] = lambda content, raw: content
     averages: bool = False
-    told: Callable[[Path], tuple[UNetConfig | None, Diffusion | None]] = lambda path: (None, None)
+    told: Callable[[Path, Mapping[str, Any]], tuple[UNetConfig | None, Diffusion | None]] = lambda *_: (None, None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 python -m minicache convert model-790000.ckpt cifar10.pt
 python -m minicache convert runs/shapes/last.pt my_unet --to diffusers
+python -m minicache convert mine.bin mine.pt --image-size 32 --groups 8 --beta-end 0.02     # a bare state dict
 """
 
 from __future__ import annotations
