@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.files import cache_folder, fetch
+from minicache.images import to_tensor
 
 Source = Callable[[int, torch.Generator], Tensor]
 
@@ -42,21 +43,21 @@ def source(name: str, image_size: int) -> Source:
     def draw(n: int, generator: torch.Generator) -> Tensor:
         batch = images[torch.randint(len(images), (n,), generator=generator)]
         flip = torch.rand(n, generator=generator) < 0.5
-        batch[flip] = batch[flip].flip(-1)
-        return batch.float() / 127.5 - 1
+        batch[flip] = batch[flip].flip(2)
+        return to_tensor(batch)
 
     return draw
 
 
 def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
-    """CIFAR-10 (Krizhevsky 2009): uint8 [N, 3, 32, 32], and classes 0..9 [N]; 50,000 of "train", 10,000 of "test"."""
+    """CIFAR-10 (Krizhevsky 2009): uint8 [N, 32, 32, 3], and classes 0..9 [N]; 50,000 of "train", 10,000 of "test"."""
     path = fetch(CIFAR10_URL, cache_folder() / "cifar-10-binary.tar.gz", CIFAR10_CHECKSUM)
     names = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
     with tarfile.open(path) as archive:
         batches = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names]
     records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then the pixels
-    images = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy())
-    return images, torch.from_numpy(records[:, 0].astype(np.int64))
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()
+    return torch.from_numpy(images), torch.from_numpy(records[:, 0].astype(np.int64))
 
 
 def labelled(name: str, split: str) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
 
 
 def read_images(path: Path, image_size: int | None) -> Tensor:
-    """Every image in a folder or zip, cropped square about the centre: uint8 [N, 3, S, S].
+    """Every image in a folder or zip, cropped square about the centre: uint8 [N, S, S, 3].
 
     image_size: S, to which they are scaled; None: as they are, all of the first one's size.
     """
@@ -96,7 +97,7 @@ def read_images(path: Path, image_size: int | None) -> Tensor:
             raise ValueError(f"{name} in {path} is {image.width}x{image.height} pixels, unlike the first image")
     if not images:
         raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(images))
 
 
 def is_image(name: str) -> bool:
