@@ -112,9 +112,10 @@ def main(
 
             done, each = step + 1, each.detach().cpu()
             losses.append(each.mean().item())
-            if not math.isfinite(losses[-1]):
+            if not (math.isfinite(losses[-1]) and finite(unet)):
+                spoilt = ", and its update leaves weights that are not finite" if math.isfinite(losses[-1]) else ""
                 raise ValueError(
-                    f"the loss of step {done} is {losses[-1]}; {last} is as it was: lower --lr, and --resume"
+                    f"the loss of step {done} is {losses[-1]}{spoilt}; {last} is as it was: lower --lr, and --resume"
                 )
             noisy_losses += each[t >= 0.9 * unet.diffusion.num_timesteps].tolist()
             last_one = done == steps or interrupted
@@ -171,6 +172,11 @@ def batch(
 def update_average(average: UNet, unet: UNet, decay: float) -> None:
     """average = decay * average + (1 - decay) * unet: sampled from, as the last iterates are noisy."""
     torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
+
+
+def finite(unet: UNet) -> bool:
+    """Whether all weights are finite: a norm is not where one of its numbers is not."""
+    return torch.stack(torch._foreach_norm(list(unet.parameters()))).isfinite().all().item()
 
 
 def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimizer, arguments: dict) -> int:

@@ -10,7 +10,7 @@ from conftest import random_unet
 from PIL import Image
 
 import train_tiny
-from minicache import load, sample
+from minicache import Diffusion, load, sample
 from minicache.convert import save
 from train_tiny import batch, main, parse
 
@@ -144,6 +144,24 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     before = last.read_bytes()
     with pytest.raises(ValueError, match="lower --lr"):
         main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 60, "lr": 1e30})
+    assert last.read_bytes() == before
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """The step that spoils them is also the one that is saved, and its own loss does not tell yet."""
+    last = main(out=str(tmp_path), **{**QUICK, "steps": 2})
+    before = last.read_bytes()
+    with pytest.raises(ValueError, match=r"the loss of step 3 is .*last.pt is as it was"):
+        main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 3, "lr": 1e300})
+    assert last.read_bytes() == before
+
+    def with_nan_gradients(diffusion, unet, x0, t, eps):
+        return loss(diffusion, unet, x0, t, eps) + (0 * unet.conv_out.bias.sum()).sqrt()  # adds 0, with slope 0 * inf
+
+    loss = Diffusion.loss
+    monkeypatch.setattr(Diffusion, "loss", with_nan_gradients)
+    with pytest.raises(ValueError, match=r"the loss of step 3 is .*last.pt is as it was"):
+        main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 3})
     assert last.read_bytes() == before
 
 
