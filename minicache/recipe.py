@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from minicache.diffusion import VARIANCES
 from minicache.files import replacing
-from minicache.plan import CachePlan
-from minicache.samplers import SAMPLERS, SPACINGS
+from minicache.plan import CachePlan, nonuniform, uniform
+from minicache.samplers import SAMPLERS, SPACINGS, STEPS
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,58 @@ def recipes_in(folder: str | Path, fingerprint: str | None, start: int | None = 
     """The recipes (*.json) in a folder that were made for weights of this fingerprint, and for this start."""
     found = [Recipe.load(path) for path in sorted(Path(folder).glob("*.json"))]
     return [recipe for recipe in found if recipe.fingerprint == fingerprint and recipe.start == start]
+
+
+def recipe_from(
+    sampler: str = Recipe.sampler,
+    steps: int = STEPS,
+    spacing: str = Recipe.spacing,
+    eta: float = Recipe.eta,
+    variance: str | None = Recipe.variance,
+    interval: int = 5,
+    branch: int = 3,
+    center: float | None = None,
+    power: float | None = None,
+    forecast: str = "hold",
+) -> Recipe:
+    """1:N caching with this sampler. The parameters are the flags of sample.py.
+
+    The plan is `uniform`, or `nonuniform` where center or power is given; the other one is then steps / 2 or 1.2.
+    Raises ValueError for values that plans or recipes do not take.
+    """
+    if center is None and power is None:
+        plan = uniform(steps, interval, branch, forecast)
+    else:
+        center, power = steps / 2 if center is None else center, 1.2 if power is None else power
+        plan = nonuniform(steps, interval, center, power, branch, forecast)
+    return Recipe(plan, sampler, spacing, eta, variance)
+
+
+def recipe_from_file(path: str | Path, **flags: Any) -> Recipe:
+    """A recipe on disk. Flags (see `recipe_from`) may repeat what it says: ValueError where they contradict it.
+
+    Raises ValueError as well where it is for noised images, and not for pure noise.
+    """
+    recipe = Recipe.load(path)
+    if recipe.start is not None:
+        raise ValueError(f"{path} is for images noised to t = {recipe.start - 1}, not for pure noise")
+    fixed = {**asdict(recipe), "steps": recipe.plan.steps, "branch": recipe.plan.branch}
+    for name, value in flags.items():
+        if name not in fixed:
+            raise ValueError(f"--{name} contradicts {path}, which says itself which steps run in full")
+        if value != fixed[name]:
+            raise ValueError(f"--{name} {value} contradicts {path}, which has {fixed[name]}")
+    return recipe
+
+
+def nearest_recipe(recipes: Iterable[Recipe], budget: float, cost: Callable[[CachePlan], float]) -> Recipe:
+    """The recipe whose plan costs nearest to the budget, in full passes, and at most a quarter more than it.
+
+    Raises ValueError where there is none.
+    """
+    costs = {cost(recipe.plan): recipe for recipe in recipes}
+    if not costs:
+        raise ValueError("there is no calibrated plan for these weights")
+    if min(costs) > 1.25 * budget:
+        raise ValueError(f"the cheapest plan for these weights costs {min(costs):.1f} full passes")
+    return costs[min((c for c in costs if c <= 1.25 * budget), key=lambda c: abs(c - budget))]
