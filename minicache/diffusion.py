@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from math import exp, log
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ class Diffusion:
         """[T] float64 on the CPU: the part of x_0's variance that is left in x_t."""
         betas = torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
         return torch.cumprod(1 - betas, dim=0)
+
+    def alpha_bar(self, t: float) -> float:
+        """alphas_bar[t]; between whole timesteps log(alphas_bar / (1 - alphas_bar)), the log-SNR, is linear in t."""
+        below, part = int(t), t - int(t)
+        if part == 0:
+            return self.alphas_bar[below].item()
+        low, high = (log(a / (1 - a)) for a in self.alphas_bar[below : below + 2].tolist())
+        return 1 / (1 + exp(-(low + part * (high - low))))
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Noise x0 [B, C, H, W] to t [B] with eps (Ho et al., Eq. 4): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
