@@ -12,37 +12,15 @@ from math import exp, log, sqrt
 from operator import index
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.diffusion import VARIANCES, Diffusion
+from minicache.diffusion import SPACINGS, VARIANCES, Diffusion, timesteps
 from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
 
-SPACINGS = ("uniform", "quad", "trailing", "linspace")
 STEPS = 100  # unless asked for others
-MAX_GUIDANCE = 100  # far beyond what draws anything
-
-
-def timesteps(steps: int, spacing: str = "uniform", num_timesteps: int = 1000) -> list[float]:
-    """The timesteps that `steps` steps visit, noisiest first; ValueError where they would begin at t = 0."""
-    S, T = steps, num_timesteps
-    if not 1 <= S <= T:
-        raise ValueError(f"steps={S} is not in 1..{T}, the timesteps of this diffusion")
-    if spacing == "uniform":  # DDIM's: range(0, T, T // S) where S divides T
-        ts = [i * T // S for i in range(S)]
-    elif spacing == "quad":  # DDIM's for CIFAR-10: repeats some, begins at 0.8 T
-        ts = [int(root**2) for root in np.linspace(0, sqrt(0.8 * T), S)]
-    elif spacing == "trailing":
-        ts = [round((i + 1) * T / S) - 1 for i in range(S)]
-    elif spacing == "linspace":
-        ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
-    else:
-        raise ValueError(f"spacing={spacing!r} is none of {', '.join(SPACINGS)}")
-    if ts[-1] == 0:
-        raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = 0, where no noise is left to remove")
-    return ts[::-1]
+Noise = Callable[[], Tensor] | None  # draws the next z [B, C, H, W], where the sampler needs one
 
 
 class Point(NamedTuple):
@@ -162,12 +140,8 @@ class Settings:
             if getattr(self, name) != default and SAMPLERS[self.sampler].noise != name:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={self.sampler!r}")
         object.__setattr__(self, "spacing", self.spacing or SAMPLERS[self.sampler].spacing)
-        if self.start and self.timesteps(self.start)[0] != self.start - 1:
+        if self.start and timesteps(self.plan.steps, self.spacing, self.start)[0] != self.start - 1:
             raise ValueError(f"spacing={self.spacing!r} does not begin at start - 1, where the noised images are")
-
-    def timesteps(self, num_timesteps: int) -> list[float]:
-        """One for each step of the plan, noisiest first."""
-        return timesteps(self.plan.steps, self.spacing, self.start or num_timesteps)
 
 
 class Network(Protocol):
@@ -224,7 +198,7 @@ def denoise(
     s = Settings(plan or uncached(STEPS if steps is None else steps), **settings)
     if s.start is not None and x_T is None:
         raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1")
-    ts = s.timesteps(unet.diffusion.num_timesteps)
+    ts = timesteps(s.plan.steps, s.spacing, s.start or unet.diffusion.num_timesteps)
     stochastic = SAMPLERS[s.sampler].noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
         raise ValueError("seeds are needed: for x_T, or for the noise of a stochastic sampler")
@@ -244,20 +218,15 @@ def denoise(
 
     x = noise() if generators else x_T
     x = x if x_T is None else x_T.to(device, torch.float32)
-    if context is not None:
-        context = _rows(context, len(x)) if s.guidance == 1 else _pair(unet, len(x), context, negative)
-        context = context.to(device)
-    elif negative is not None or s.guidance != 1:
+    if context is None and (negative is not None or s.guidance != 1):
         raise ValueError(f"guidance={s.guidance} and a negative context need a context")
+    if s.guidance != 1:
+        if negative is None and context.is_floating_point():
+            raise ValueError("guidance of a context of tokens needs a negative one, as that of an empty prompt")
+        negative = torch.full_like(context, unet.config.null_token) if negative is None else negative
+        context = torch.cat([_rows(negative, len(x)), _rows(context, len(x))])
+    context = None if context is None else _rows(context, len(x) if s.guidance == 1 else 2 * len(x)).to(device)
     return _loop(unet, x, context, ts, cache(s.plan), s, noise if stochastic else None)
-
-
-def _pair(unet: Network, B: int, context: Tensor, negative: Tensor | None) -> Tensor:
-    """The context of a guided pass, [2 B, ...]: the negative one first."""
-    if negative is None and context.is_floating_point():
-        raise ValueError("guidance of a context of tokens needs a negative one, as that of an empty prompt")
-    negative = torch.full_like(context, unet.config.null_token) if negative is None else negative
-    return torch.cat([_rows(negative, B), _rows(context, B)])
 
 
 def _rows(context: Tensor, B: int) -> Tensor:
@@ -269,17 +238,11 @@ def _rows(context: Tensor, B: int) -> Tensor:
 
 @torch.no_grad()
 def _loop(
-    unet: Network,
-    x: Tensor,
-    context: Tensor | None,
-    ts: list[float],
-    cache: PlanCache,
-    s: Settings,
-    noise: Callable | None,
+    unet: Network, x: Tensor, context: Tensor | None, ts: list[float], cache: PlanCache, s: Settings, noise: Noise
 ) -> Iterator[Step]:
     sampler, alpha_bar, branch = SAMPLERS[s.sampler], unet.diffusion.alpha_bar, s.plan.branch
     clip = sampler.clip_x0 if s.clip_x0 is None else s.clip_x0
-    scale = {"eta": s.eta, "variance": s.variance or unet.diffusion.variance}
+    scale = s.eta if sampler.noise == "eta" else s.variance or unet.diffusion.variance
     ts_device = torch.tensor(ts, device=x.device)
     past: list[Point] = []
     for i, t in enumerate(ts):
@@ -300,9 +263,7 @@ def _loop(
             now = sampler.correct(now, past)
         z = noise() if noise and a_next < 1 else None
         if a_next != a:  # quad repeats timesteps: a step of zero length changes nothing
-            x = sampler.step(
-                now, past, a_next, **({sampler.noise: scale[sampler.noise], "z": z} if sampler.noise else {})
-            )
+            x = sampler.step(now, past, a_next, **({sampler.noise: scale, "z": z} if sampler.noise else {}))
             past = [now, *past][: sampler.history]
         yield Step(i, t, x, now.x0, eps, cached_U)
 

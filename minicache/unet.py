@@ -166,9 +166,9 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("channel_mult", "attention_resolutions"):  # lists from JSON become tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        sizes = (self.image_size, self.model_channels, self.num_res_blocks, self.in_channels, self.groups, self.heads)
-        optional = [size for size in (self.context_dim, self.num_tokens) if size is not None]
-        if any(type(size) is not int or size < 1 for size in (*sizes, *optional, *(self.channel_mult or [0]))):
+        sizes = (self.image_size, self.model_channels, self.num_res_blocks, self.in_channels, self.groups, self.heads,
+                 *(self.channel_mult or [0]), self.context_dim or 1, self.num_tokens or 1)  # fmt: skip
+        if any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError(f"sizes, groups and heads must be positive whole numbers: {self}")
         sides = [self.image_size / 2**level for level in range(len(self.channel_mult))]
         for fine, rule in (
@@ -244,7 +244,7 @@ class UNet(nn.Module):
         self, x: Tensor, t: float | Tensor, branch: int = 3, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The whole network: (eps, cached_U), cached_U [B, *cached_shape(branch, H, W)]."""
-        h, temb, context = self.begin(x, t, branch, context)
+        h, temb, context = self._begin(x, t, branch, context)
         skips = []
         for D_i in self.D:
             h = D_i(h, temb, context)
@@ -256,13 +256,13 @@ class UNet(nn.Module):
         cached_U = h
         for U_i in reversed(self.U[:branch]):
             h = U_i(h, skips.pop(), temb, context)
-        return self.end(h, x), cached_U
+        return self._end(h, x), cached_U
 
     def forward_partial(
         self, x: Tensor, t: float | Tensor, cached_U: Tensor, branch: int = 3, context: Tensor | None = None
     ) -> Tensor:
         """Only the `branch` outermost pairs, around cached_U from a full pass at an earlier, noisier step: eps."""
-        h, temb, context = self.begin(x, t, branch, context, cached_U)
+        h, temb, context = self._begin(x, t, branch, context, cached_U)
         skips = []
         for D_i in self.D[:branch]:
             h = D_i(h, temb, context)
@@ -270,11 +270,9 @@ class UNet(nn.Module):
         h = cached_U
         for U_i in reversed(self.U[:branch]):
             h = U_i(h, skips.pop(), temb, context)
-        return self.end(h, x)
+        return self._end(h, x)
 
-    def begin(
-        self, x: Tensor, t: float | Tensor, branch: int, context: Tensor | None, cached_U: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _begin(self, x, t, branch, context, cached_U=None):
         """x in the weights' dtype, temb and the context; or a ValueError that says which argument is wrong."""
         C, multiple, B = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1), x.shape[0]
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % multiple or x.shape[3] % multiple:
@@ -287,12 +285,12 @@ class UNet(nn.Module):
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         if t.shape[0] not in (1, B):
             raise ValueError(f"t has {t.shape[0]} elements; need 1, or one for each of the {B} images")
-        temb, context = self.time(t), self.look_up(context, B, x.device)
+        temb, context = self.time(t), self._look_up(context, B, x.device)
         if self.config.pooled_context:
             temb = temb + self.pooled(context.sum(1))
         return x.to(self.conv_out.weight.dtype), F.silu(temb), context  # every ResBlock begins with SiLU(temb)
 
-    def look_up(self, context: Tensor | None, B: int, device: torch.device) -> Tensor | None:
+    def _look_up(self, context: Tensor | None, B: int, device: torch.device) -> Tensor | None:
         """Ids -> tokens [B, K, context_dim]; None -> those of the null context, or None in an unconditional network."""
         if context is None and self.config.num_tokens:
             context = torch.full((B, 1), self.config.null_token, device=device)
@@ -300,12 +298,10 @@ class UNet(nn.Module):
             context = self.tokens(context)
         given, width = None if context is None else list(context.shape), self.config.context_dim
         if (given and [given[0], len(given), given[-1]]) != (width and [B, 3, width]):
-            raise ValueError(
-                f"context is {given}; need {width and f'[{B}, K, {width}]'}, or ids where there is a table"
-            )
+            raise ValueError(f"context is {given}; need {width and f'[{B}, K, {width}]'}, or ids if there is a table")
         return context if context is None else context.to(self.conv_out.weight.dtype)
 
-    def end(self, h: Tensor, x: Tensor) -> Tensor:
+    def _end(self, h: Tensor, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
 
     def cached_shape(self, branch: int, height: int, width: int) -> tuple[int, int, int]:
