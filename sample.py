@@ -19,28 +19,28 @@ import math
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from minicache import CachePlan, Recipe, denoise, full, load, sample
+from minicache import CachePlan, Recipe, denoise, load, sample, uncached
 from minicache.checkpoints import REGISTRY, embedded_folder
 from minicache.convert import fingerprint
 from minicache.cost import cache_bytes, full_passes, plan_macs
-from minicache.diffusion import VARIANCES
+from minicache.diffusion import SPACINGS, VARIANCES
 from minicache.images import beside, enlargement, grid, save_gif, save_png, to_tensor, to_uint8
 from minicache.metrics import psnr
 from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose, place
 from minicache.plan import FORECASTS
 from minicache.recipe import nearest_recipe, recipe_from, recipe_from_file, recipes_in
-from minicache.samplers import SAMPLERS, SPACINGS, STEPS
+from minicache.samplers import SAMPLERS, STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
 from minicache.tools import Parser, prepare_out, run
 from minicache.unet import UNet
 
+FLAGS = ("sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power", "forecast")
 FRAMES = 50  # of an animation, at most
 
 
@@ -61,7 +61,8 @@ def main(args: argparse.Namespace) -> None:
     unet = load(args.ckpt)
     weights = fingerprint(unet)  # before they change their dtype
     recipe = recipe or recipe_within(args, unet, weights)
-    settings = {**recipe.settings(weights), "clip_x0": args.clip}
+    recipe = recipe if args.clip is None else replace(recipe, clip_x0=args.clip)
+    settings = recipe.settings(weights)
     denoise(place(unet, placement), seeds[-1:], **settings)  # refuses now what it would refuse later
     unet.cached_shape(recipe.plan.branch, *[unet.config.image_size] * 2)
     prepare_out(out, (".png", ".gif", ".npz"))
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     if one_picture:
         show(args, unet, seeds, settings, out)
         return
-    made_with = {"weights": weights, **asdict(recipe), "clip": args.clip, "seed": args.seed, "num": args.num,
+    made_with = {"weights": weights, **asdict(recipe), "seed": args.seed, "num": args.num,
                  "batch_size": args.batch_size, "torch": torch.__version__,
                  "placement": str(replace(placement, device=torch.device(placement.device.type)))}  # fmt: skip
     fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, settings)
@@ -78,8 +79,7 @@ def main(args: argparse.Namespace) -> None:
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe | None:
     """What the flags or the --plan file say; None for --budget, which needs the network."""
-    flags = {name: getattr(args, name) for name in signature(recipe_from).parameters}
-    flags = {name: value for name, value in flags.items() if value is not None}
+    flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.budget is None:
         return recipe_from_file(args.plan, **flags) if args.plan else recipe_from(**flags)
     if not 0 < args.budget < math.inf:
@@ -110,7 +110,7 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
         print(f"  {REGISTRY[args.ckpt].note}")
     eta = f", eta {settings['eta']}" if settings["eta"] else ""
     line = f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {len(plan.refresh)} in full"
-    passes, macs = full_passes(unet, plan), plan_macs(unet, full(plan.steps))
+    passes, macs = full_passes(unet, plan), plan_macs(unet, uncached(plan.steps))
     cost = f"{plan_macs(unet, plan) / 1e9:.2f} GMACs an image, {passes:.1f} full passes"
     if partial_steps := plan.steps - len(plan.refresh):
         line += f", {partial_steps} at branch {plan.branch} of {len(unet.D)}"
@@ -128,7 +128,7 @@ def show(args: argparse.Namespace, unet: UNet, seeds: range, settings: dict[str,
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
     sheets = [grid(frame) for frame in frames]
     if args.compare:
-        others, longer = draw(unet, seeds, args.batch_size, {**settings, "plan": full(plan.steps)}, film)
+        others, longer = draw(unet, seeds, args.batch_size, {**settings, "plan": uncached(plan.steps)}, film)
         macs = f"{plan.steps / full_passes(unet, plan):.2f}x by MACs"
         print(f"uncached: {longer:.1f} s; measured speed-up {longer / seconds:.2f}x ({macs})")
         print(difference(frames[-1], others[-1]))
@@ -187,10 +187,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
     add("--steps", type=int, help=f"default {STEPS}")
-    add("--spacing", choices=SPACINGS, help=f"of the timesteps; default {Recipe.spacing}")
+    add("--spacing", choices=SPACINGS, help="of the timesteps; default: the sampler's own")
     add("--eta", type=float, help="ddim's noise, 0 to 1; default 0")
     add("--variance", choices=VARIANCES, help="ddpm's; default: the checkpoint's")
-    add("--clip", action=argparse.BooleanOptionalAction, help="clip the predicted image to [-1, 1]; default: for ddpm")
+    add(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        help="clip the predicted image to [-1, 1]; default: as the sampler does",
+    )
     add = parser.add_argument_group("DeepCache").add_argument
     add("--interval", type=int, metavar="N", help="one step in N runs in full; 1 is uncached; default 5")
     add("--branch", type=int, help="outermost pairs of blocks that run at the other steps; default 3")

@@ -8,48 +8,29 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minicache.diffusion import VARIANCES
 from minicache.files import replacing
 from minicache.plan import CachePlan, nonuniform, uniform
-from minicache.samplers import SAMPLERS, SPACINGS, STEPS
+from minicache.samplers import STEPS, Settings
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A plan and the sampler it was made for, as JSON on disk. ValueError for values that no sampler takes."""
+class Recipe(Settings):
+    """Settings worth keeping, as JSON on disk. ValueError for what no sampler takes."""
 
-    plan: CachePlan
-    sampler: str = "ddim"
-    spacing: str = "uniform"
-    eta: float = 0.0
-    variance: str | None = None  # None: the checkpoint's own
-    start: int | None = None  # for images noised to t = start - 1; None: from pure noise
-    fingerprint: str | None = None  # of the weights it was made for (convert.fingerprint); None: any
+    fingerprint: str | None = None  # of the weights they were made for (checkpoints.fingerprint); None: any
     error: float | None = None  # measured: relative L2 of the final image
 
     def __post_init__(self):
-        for name, value, kinds in (
-            ("plan", self.plan, CachePlan),
-            ("eta", self.eta, (int, float)),
-            ("start", self.start, (int, type(None))),
-            ("fingerprint", self.fingerprint, (str, type(None))),
-            ("error", self.error, (int, float, type(None))),
-        ):
-            if not isinstance(value, kinds):
-                raise ValueError(f"{name}={value!r} is of the wrong kind")
-        for name, value, allowed in (
-            ("sampler", self.sampler, SAMPLERS),
-            ("spacing", self.spacing, SPACINGS),
-            ("variance", self.variance, (None, *VARIANCES)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is none of {allowed}")
+        super().__post_init__()
+        for name, kinds in (("plan", CachePlan), ("fingerprint", str | None), ("error", float | int | None)):
+            if not isinstance(getattr(self, name), kinds):
+                raise ValueError(f"{name}={getattr(self, name)!r} is of the wrong kind")
 
     def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
         """Keyword arguments for `sample` and `denoise`; refused for weights of another fingerprint."""
         if self.fingerprint not in (None, fingerprint):
             raise ValueError(f"the recipe was made for the weights {self.fingerprint}, and these are {fingerprint}")
-        return {name: getattr(self, name) for name in ("sampler", "spacing", "eta", "variance", "start", "plan")}
+        return {field.name: getattr(self, field.name) for field in fields(Settings)}
 
     def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:
@@ -69,24 +50,21 @@ class Recipe:
 
 
 def recipes_in(folder: str | Path, fingerprint: str | None, start: int | None = None) -> list[Recipe]:
-    """The recipes (*.json) in a folder that were made for weights of this fingerprint, and for this start."""
+    """The recipes (*.json) in a folder for weights of this fingerprint (or for any), and for this start."""
     found = [Recipe.load(path) for path in sorted(Path(folder).glob("*.json"))]
-    return [recipe for recipe in found if recipe.fingerprint == fingerprint and recipe.start == start]
+    return [recipe for recipe in found if recipe.fingerprint in (None, fingerprint) and recipe.start == start]
 
 
 def recipe_from(
-    sampler: str = Recipe.sampler,
     steps: int = STEPS,
-    spacing: str = Recipe.spacing,
-    eta: float = Recipe.eta,
-    variance: str | None = Recipe.variance,
     interval: int = 5,
     branch: int = 3,
     center: float | None = None,
     power: float | None = None,
     forecast: str = "hold",
+    **settings: Any,
 ) -> Recipe:
-    """1:N caching with this sampler. The parameters are the flags of sample.py.
+    """1:N caching, by the flags of sample.py; settings: other fields of Recipe, as sampler and spacing.
 
     The plan is `uniform`, or `nonuniform` where center or power is given; the other one is then steps / 2 or 1.2.
     Raises ValueError for values that plans or recipes do not take.
@@ -96,7 +74,7 @@ def recipe_from(
     else:
         center, power = steps / 2 if center is None else center, 1.2 if power is None else power
         plan = nonuniform(steps, interval, center, power, branch, forecast)
-    return Recipe(plan, sampler, spacing, eta, variance)
+    return Recipe(plan, **settings)
 
 
 def recipe_from_file(path: str | Path, **flags: Any) -> Recipe:
