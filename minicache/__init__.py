@@ -2,7 +2,7 @@
 
 from minicache.checkpoints import load
 from minicache.diffusion import Diffusion
-from minicache.plan import CachePlan, full, nonuniform, uniform
+from minicache.plan import CachePlan, PlanCache, full, nonuniform, uncached, uniform  # noqa: F401
 from minicache.recipe import Recipe
 from minicache.samplers import denoise, sample
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
@@ -13,13 +13,14 @@ __all__ = [
     "LSUN_256",
     "CachePlan",
     "Diffusion",
+    "PlanCache",
     "Recipe",
     "UNet",
     "UNetConfig",
     "denoise",
-    "full",
     "load",
     "nonuniform",
     "sample",
+    "uncached",
     "uniform",
 ]

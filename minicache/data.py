@@ -1,5 +1,7 @@
-"""Images to train on. Every source is a function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1], so that the batch
-of a training step depends on the step's generator alone, and a resumed run sees what an uninterrupted one would."""
+"""Images to train on. A source is a function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1].
+
+A training step's images depend on its generator alone, so a resumed run sees what an uninterrupted one sees.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.files import cache_folder, fetch
+from minicache.images import to_tensor
 
 Source = Callable[[int, torch.Generator], Tensor]
 
@@ -29,7 +32,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def source(name: str, image_size: int) -> Source:
-    """By name: "shapes" (procedural, endless), "cifar10" (downloaded, hash checked), or a folder or zip of images."""
+    """The source of that name: "shapes" (procedural, endless), "cifar10" (downloaded), or a folder or zip of images.
+
+    Images from files are flipped left to right with probability 1/2. Raises ValueError where there are none.
+    """
     if name == "shapes":
         return lambda n, generator: shapes(n, image_size, generator)
     if name == "cifar10":
@@ -42,25 +48,28 @@ def source(name: str, image_size: int) -> Source:
     def draw(n: int, generator: torch.Generator) -> Tensor:
         batch = images[torch.randint(len(images), (n,), generator=generator)]
         flip = torch.rand(n, generator=generator) < 0.5
-        batch[flip] = batch[flip].flip(-1)
-        return batch.float() / 127.5 - 1
+        batch[flip] = batch[flip].flip(2)
+        return to_tensor(batch)
 
     return draw
 
 
 def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
-    """CIFAR-10 (Krizhevsky 2009): uint8 [N, 3, 32, 32], and classes 0..9 [N]; 50,000 of "train", 10,000 of "test"."""
+    """CIFAR-10 (Krizhevsky 2009): uint8 [N, 32, 32, 3], and classes 0..9 [N]; 50,000 of "train", 10,000 of "test"."""
     path = fetch(CIFAR10_URL, cache_folder() / "cifar-10-binary.tar.gz", CIFAR10_CHECKSUM)
     names = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
     with tarfile.open(path) as archive:
         batches = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names]
     records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then the pixels
-    images = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy())
-    return images, torch.from_numpy(records[:, 0].astype(np.int64))
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()
+    return torch.from_numpy(images), torch.from_numpy(records[:, 0].astype(np.int64))
 
 
 def labelled(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """As `cifar10` gives them: "cifar10", or a folder or zip with one folder of images a class, ordered by name."""
+    """Images and classes, as `cifar10` returns them. name: "cifar10", or a folder or zip with one folder a class.
+
+    Classes are numbered in the order of their names.
+    """
     if name == "cifar10":
         return cifar10(split)
     classes = [Path(file).parent.name for file, _ in image_files(Path(name))]
@@ -80,9 +89,10 @@ def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
 
 
 def read_images(path: Path, image_size: int | None) -> Tensor:
-    """Every image in a folder or zip, cropped square about the centre: uint8 [N, 3, S, S].
+    """Every image in a folder or zip, in the order of the names: uint8 [N, H, W, 3].
 
-    image_size: S, to which they are scaled; None: as they are, all of the first one's size.
+    image_size: H and W; images are scaled, and cropped about the centre. None: all must have the first one's size.
+    Raises ValueError where an image cannot be read, or there is none.
     """
     images = []
     for name, content in tqdm(image_files(path), desc="reading", unit="image", disable=None):
@@ -96,7 +106,7 @@ def read_images(path: Path, image_size: int | None) -> Tensor:
             raise ValueError(f"{name} in {path} is {image.width}x{image.height} pixels, unlike the first image")
     if not images:
         raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(images))
 
 
 def is_image(name: str) -> bool:
@@ -104,9 +114,9 @@ def is_image(name: str) -> bool:
 
 
 def shapes(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """n pictures [n, 3, size, size] of one or two outlined discs, rings, squares, triangles and crosses on a gradient.
+    """n pictures [n, 3, size, size] in [-1, 1]: one or two outlined discs, rings, squares, triangles or crosses each.
 
-    Each is drawn from its signed distance, so edges are smooth at any size.
+    They lie on a gradient. Each is drawn from its signed distance, so edges are smooth at any size.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""From tensors to what people look at: grids and animations."""
+"""Between tensors and what people look at: pictures, grids and animations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -15,8 +16,18 @@ from minicache.files import replacing
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]; what lies outside is clamped, then rounded."""
+    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]: what lies outside is clamped, then all is rounded.
+
+    Raises ValueError for NaN and infinity, which would pass for black and white.
+    """
+    if not torch.isfinite(x).all():
+        raise ValueError("the pictures hold NaN or infinity; a wider --dtype may help")
     return rearrange(((x.float() + 1) * 127.5).clamp(0, 255).round().byte().cpu(), "b c h w -> b h w c").numpy()
+
+
+def to_tensor(images: np.ndarray | Tensor) -> Tensor:
+    """The way back: uint8 [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1]; a tensor stays on its device."""
+    return rearrange(torch.as_tensor(images), "b h w c -> b c h w").contiguous().float() / 127.5 - 1
 
 
 def grid(images: np.ndarray, pad: int = 2, columns: int | None = None) -> np.ndarray:

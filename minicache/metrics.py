@@ -76,7 +76,7 @@ def read_samples(path: str | Path) -> np.ndarray:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"{path}: arr_0 is {images.dtype} {list(images.shape)}; need uint8 [N, H, W, 3]")
         return images
-    return read_images(path, image_size=None).permute(0, 2, 3, 1).numpy()
+    return read_images(path, image_size=None).numpy()
 
 
 def fid(a: np.ndarray, b: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from PIL import Image
 from minicache import data
 from minicache.data import shapes, source
 from minicache.files import replacing
-from minicache.images import grid, save_gif, save_png, to_uint8
+from minicache.images import grid, save_gif, save_png, to_tensor, to_uint8
 
 
 def test_uint8_clamps_and_rounds():
@@ -21,6 +21,23 @@ def test_uint8_clamps_and_rounds():
     assert to_uint8(noise(2, 3, 4, 5)).shape == (2, 4, 5, 3)
     images = torch.arange(256).reshape(1, 1, 16, 16)
     assert torch.equal(torch.from_numpy(to_uint8(images / 127.5 - 1)[..., 0]), images[0].byte())
+
+
+def test_a_picture_becomes_a_tensor_and_the_same_picture_again():
+    images = np.arange(2 * 8 * 16 * 3, dtype=np.uint16).astype(np.uint8).reshape(2, 8, 16, 3)
+    x = to_tensor(images)
+    assert x.shape == (2, 3, 8, 16) and x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert np.array_equal(to_uint8(x), images)
+    assert torch.equal(to_tensor(torch.from_numpy(images)), x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_no_picture(value, dtype):
+    x = torch.zeros(2, 3, 4, 4, dtype=dtype)
+    x[1, 2, 3, 3] = value
+    with pytest.raises(ValueError, match="the pictures hold NaN or infinity; a wider --dtype may help"):
+        to_uint8(x)
 
 
 def test_grid_places_every_image():
@@ -134,7 +151,7 @@ def test_cifar10(tmp_path, monkeypatch):
     md5 = hashlib.md5((tmp_path / "cifar-10-binary.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(data, "CIFAR10_CHECKSUM", f"md5:{md5}")
     images, labels = data.cifar10()
-    assert images.shape == (10, 3, 32, 32) and images[2, 0, 0, :3].tolist() == [3, 4, 5]
+    assert images.shape == (10, 32, 32, 3) and images[2, 0, :3, 0].tolist() == [3, 4, 5]
     assert labels.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert source("cifar10", 32)(4, generator()).shape == (4, 3, 32, 32)
 

@@ -14,6 +14,7 @@ from minicache import Recipe, load, nonuniform, uniform
 from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
+from minicache.recipe import nearest_recipe
 from minicache.samplers import sample as sample_images
 from minicache.tools import run
 from sample import main, parse, recipe_within
@@ -79,7 +80,10 @@ def test_compare_shows_uncached_on_the_left(net, tmp_path, capsys, ending):
 
 def test_compare_at_interval_one_is_the_same_picture(net, tmp_path, capsys):
     draw(net, "--compare", "--interval", "1", "--out", tmp_path / "x.png")
-    assert "PSNR to uncached inf dB, inf for the worst picture" in capsys.readouterr().out
+    assert (
+        "PSNR of each picture to its uncached one: median inf dB, worst inf dB; largest difference 0 of 255"
+        in capsys.readouterr().out
+    )
 
 
 def test_gif_keeps_to_the_batch_size(net, tmp_path):
@@ -127,6 +131,12 @@ def test_budget_takes_the_nearest_plan_unless_it_costs_much_more():
         assert 0.8 * nearest <= full_passes(unet, plan) <= nearest
     with pytest.raises(ValueError, match=r"the cheapest plan .* costs 10.0 full passes: make one with .* --budget 5 "):
         recipe_within(parse(["--budget", "5"]), unet, fingerprint(unet))
+
+
+def test_a_plan_nearer_to_the_budget_but_much_over_it_is_passed_over():
+    cheap, dear = (Recipe(uniform(30, interval)) for interval in (30, 2))
+    assert nearest_recipe([cheap, dear], 10, cost=lambda plan: len(plan.refresh)) == cheap
+    assert nearest_recipe([cheap, dear], 13, cost=lambda plan: len(plan.refresh)) == dear
 
 
 def test_pictures_that_are_not_finite_are_refused(net, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from minicache.checkpoints import embedded_folder
 from minicache.data import labelled
 from minicache.files import replacing
+from minicache.images import to_tensor
 from minicache.placement import choose_device, fastest_dtype
 from minicache.tools import Parser
 
@@ -83,15 +84,15 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     classifier.eval()
     device = classifier.head.weight.device
     right = [
-        (classifier(part.to(device).float() / 127.5 - 1).argmax(1).cpu() == truth).sum().item()
+        (classifier(to_tensor(part.to(device))).argmax(1).cpu() == truth).sum().item()
         for part, truth in zip(images.split(500), labels.split(500))
     ]
     return sum(right) / len(labels)
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flipped and shifted by up to 4 pixels, each at random: uint8 [B, 3, 32, 32] -> in [-1, 1]."""
-    x = F.pad(images.float() / 127.5 - 1, (4, 4, 4, 4), mode="reflect")
+    """Flipped and shifted by up to 4 pixels, each at random: uint8 [B, 32, 32, 3] -> [B, 3, 32, 32] in [-1, 1]."""
+    x = F.pad(to_tensor(images), (4, 4, 4, 4), mode="reflect")
     dx, dy = torch.randint(9, (2, len(x), 1), generator=generator)
     line = torch.arange(32)
     x = x[torch.arange(len(x))[:, None, None], :, (line + dy)[:, :, None], (line + dx)[:, None, :]]  # [B, 32, 32, 3]

@@ -15,17 +15,13 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import embedded_folder, fingerprint, load
 from minicache.cost import Costs, plan_macs
 from minicache.data import cifar10
 from minicache.files import replacing
-from minicache.images import to_uint8
+from minicache.images import to_tensor, to_uint8
 from minicache.metrics import fid, frechet_distance, psnr, read_samples
 from minicache.placement import COMPILE, DTYPES, choose, place
 from minicache.plan import full, nonuniform, uniform
@@ -60,17 +56,12 @@ def methods(unet: UNet, recipes: list[Recipe], spacing: str, ancestral: int) -> 
     return found
 
 
-def tensor_of(images: np.ndarray) -> Tensor:
-    """uint8 [N, H, W, 3] -> [N, 3, H, W] in [-1, 1]."""
-    return rearrange(torch.from_numpy(images), "n h w c -> n c h w").float() / 127.5 - 1
-
-
 def main(args: argparse.Namespace) -> None:
     for name, least in (("num", 2), ("batch_size", 1), ("ancestral", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     if args.real == "cifar10":
-        real = rearrange(cifar10("train")[0], "n c h w -> n h w c").numpy()
+        real = cifar10("train")[0].numpy()
     else:
         real = read_samples(args.real)
     placement = choose(args.device, args.dtype, compile=COMPILE[args.compile])
@@ -80,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     size = unet.config.image_size
     if real.shape[1:] != (size, size, 3):
         raise ValueError(f"--real {args.real} has images of {real.shape[1:]}; need ({size}, {size}, 3)")
-    features = None if args.fid else classifier_features(tensor_of(real))
+    features = None if args.fid else classifier_features(to_tensor(real))
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
     rows = methods(unet, recipes, args.spacing, args.ancestral)
     clock, count = Costs(unet, seconds=True), Costs(unet)
@@ -104,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
             lambda seeds, settings=settings: to_uint8(sample(unet, seeds, **settings)),
         )
         drawn = read_samples(path)
-        images = tensor_of(drawn)
+        images = to_tensor(drawn)
         reference = images if reference is None else reference
         near = psnr(images, reference)
         far = fid(drawn, real) if args.fid else frechet_distance(classifier_features(images), features)
