@@ -25,6 +25,7 @@ Source = Callable[[int, torch.Generator], Tensor]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # no pickles inside, unlike the Python archive
 CIFAR10_CHECKSUM = "md5:c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 UNREADABLE = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -60,13 +61,16 @@ def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images), torch.from_numpy(records[:, 0].astype(np.int64))
 
 
-def labelled(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """As `cifar10` gives them: "cifar10", or a folder or zip with one folder of images a class, ordered by name."""
+def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
+    """Images and classes as `cifar10` gives them, and the classes' names in order of their numbers.
+
+    name: "cifar10", or a folder or zip with one folder of images a class, ordered by name; split is for "cifar10".
+    """
     if name == "cifar10":
-        return cifar10(split)
+        return *cifar10(split), list(CIFAR10_CLASSES)
     classes = [Path(file).parent.name for file, _ in image_files(Path(name))]
     names = sorted(set(classes))
-    return read_images(Path(name), 32), torch.tensor([names.index(each) for each in classes])
+    return read_images(Path(name), 32), torch.tensor([names.index(each) for each in classes]), names
 
 
 def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:

@@ -31,6 +31,34 @@ def test_it_learns(tmp_path, capsys):
         classifier.main(classifier.parse(["--epochs", "0"]))
 
 
+def folders(root, **classes: int):
+    """A folder of so many dark 32 x 32 pictures a class."""
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            Image.fromarray(np.full((32, 32, 3), 9 * k, np.uint8)).save(root / name / f"{k}.png")
+    return str(root)
+
+
+def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path):
+    out = tmp_path / "c.pt"
+    cats = folders(tmp_path / "cats", cat=2, dog=2)
+    ants = folders(tmp_path / "ants", ant=1, cat=1)
+    eleven = folders(tmp_path / "eleven", **{f"c{k}": 1 for k in range(11)})
+    for data, test, more, words in (
+        (cats, cats, ["--lr", "nan"], "--lr nan"),
+        (cats, cats, ["--lr", "-1"], "--lr -1"),
+        (cats, cats, ["--batch-size", "5"], "--batch-size 5 .* 4 images"),
+        (eleven, eleven, [], "11 classes.* 10"),
+        (cats, ants, [], "cat, dog.* ant, cat"),
+        (cats, cats, ["--lr", "1e30"], "smaller --lr"),
+    ):
+        flags = ["--data", data, "--test", test, "--epochs", "3", "--batch-size", "2", "--device", "cpu"]
+        with pytest.raises(ValueError, match=words), torch.enable_grad():
+            classifier.main(classifier.parse([*flags, *more, "--out", str(out)]))
+        assert not out.exists()
+
+
 def test_augmentation_shifts_and_flips():
     images = torch.arange(32, dtype=torch.uint8)[:, None].expand(64, 32, 32, 3)
     x = augmented(images, torch.Generator().manual_seed(0))

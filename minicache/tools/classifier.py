@@ -10,6 +10,7 @@ classes apart, and Frechet distances in them are comparable with each other alon
 from __future__ import annotations
 
 import argparse
+import math
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from minicache.placement import choose_device, fastest_dtype
 from minicache.tools import Parser
 
 FEATURES = 128
+CLASSES = 10
 
 
 def block(c_in: int, c_out: int) -> nn.Sequential:
@@ -53,7 +55,7 @@ class Classifier(nn.Module):
             block(64, FEATURES), Residual(FEATURES), nn.MaxPool2d(2),
             Residual(FEATURES),
         )  # fmt: skip
-        self.head = nn.Linear(FEATURES, 10)
+        self.head = nn.Linear(FEATURES, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
         """[B, 128]: what the last layer decides by."""
@@ -124,17 +126,33 @@ def train(images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: floa
     return classifier
 
 
-def main(args: argparse.Namespace) -> None:
+def checked_data(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and classes to train on, then those to test with; ValueError for flags or classes that do not fit."""
     for name in ("epochs", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    images, labels = labelled(args.data, "train")
-    test_images, test_labels = labelled(args.test, "test")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr:g} must be positive and finite")
+    images, labels, names = labelled(args.data, "train")
+    test_images, test_labels, test_names = labelled(args.test, "test")
+    if len(names) > CLASSES:
+        raise ValueError(f"--data {args.data} has {len(names)} classes; the classifier tells {CLASSES} apart at most")
+    if names != test_names:
+        raise ValueError(f"--data has the classes {', '.join(names)}, and --test {', '.join(test_names)}")
+    if args.batch_size > len(images):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} images of --data")
+    return images, labels, test_images, test_labels
+
+
+def main(args: argparse.Namespace) -> None:
+    images, labels, test_images, test_labels = checked_data(args)
     classifier = train(images, labels, args.epochs, args.batch_size, args.lr, choose_device(args.device))
-    score = accuracy(classifier, test_images, test_labels)
     state = {
         name: tensor.cpu().half() for name, tensor in classifier.state_dict().items() if tensor.is_floating_point()
     }
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise ValueError(f"--lr {args.lr:g}: the weights became NaN or infinite; try a smaller --lr")
+    score = accuracy(classifier, test_images, test_labels)
     with replacing(Path(args.out)) as temporary:
         torch.save({"state_dict": state, "accuracy": score}, temporary)
     print(f"{args.out}: {score:.2%} of {len(test_labels)} test images are classified right")
