@@ -12,6 +12,8 @@ from tqdm import tqdm
 from minicache import CachePlan, Diffusion, Recipe, denoise, full, load, uniform
 from minicache.convert import save
 from minicache.cost import Costs, full_passes
+from minicache.plan import from_refreshes
+from minicache.samplers import timesteps
 from minicache.tools import calibrate, compare
 from minicache.tools.calibrate import fit, gauss_newton, judge, widest
 from minicache.tools.protocol import trial, uncached
@@ -68,6 +70,17 @@ def test_gauss_newton_lowers_the_error_of_the_image(calibration):
     assert better.plan.refresh == recipe.plan.refresh
     nothing_to_fit = judge(calibration, replace(recipe, plan=full(5)))
     assert gauss_newton(calibration, nothing_to_fit, tqdm(disable=True)) == nothing_to_fit
+
+
+@pytest.mark.parametrize("refresh", [(0, 4, 8, 12), (0, 4, 8, 13, 14)])
+def test_alphas_without_effect_stay_as_they_are(calibration, refresh):
+    """quad repeats timesteps: such a step has no length, and two refreshes at one timestep have no slope."""
+    assert timesteps(16, "quad", 40)[-3:] == [0, 0, 0]
+    recipe = judge(calibration, Recipe(from_refreshes(16, 1, refresh, "linear"), "ddim", "quad"))
+    better = gauss_newton(calibration, recipe, tqdm(disable=True))
+    assert better.error <= recipe.error and better.plan.alpha[13:15] == recipe.plan.alpha[13:15]
+    fitted = fit(calibration, recipe).alpha
+    assert any(fitted[5:12]) and (fitted[15] == 0 or 14 not in refresh)
 
 
 def test_command(net, tmp_path, capsys, monkeypatch):

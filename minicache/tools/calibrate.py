@@ -155,7 +155,8 @@ def fit(trial: Trial, recipe: Recipe) -> CachePlan:
             older, newer = newer, step.cached_U
         elif older is not None:
             slope = newer - older
-            alpha[step.i] = ((step.cached_U - newer) * slope).sum().item() / slope.square().sum().item()
+            length = slope.square().sum().item()  # 0 where quad has repeated a timestep: then no alpha has an effect
+            alpha[step.i] = ((step.cached_U - newer) * slope).sum().item() / length if length else 0.0
     return replace(plan, alpha=tuple(alpha))
 
 
@@ -181,6 +182,10 @@ def gauss_newton(trial: Trial, recipe: Recipe, bar: tqdm) -> Recipe:
     weights = r.norm(dim=1, keepdim=True).rsqrt()  # from the squares' sum to the norms' sum
     J = [(residuals((*alpha[:i], alpha[i] + DELTA, *alpha[i + 1 :])) - r) / DELTA * weights for i in free]
     J = torch.stack(J).flatten(1)  # [free, seeds * CHW]
+    moving = J.any(dim=1)  # an alpha without effect stays: its step has no length, or its two refreshes are the same
+    free, J = [i for i, moves in zip(free, moving) if moves], J[moving]
+    if not free:
+        return recipe
     A, b = J @ J.T, J @ (r * weights).flatten()
     for damping in (1e-3, 1e-2, 1e-1, 1.0):
         change = torch.linalg.solve(A + damping * A.diagonal().diag(), b)
