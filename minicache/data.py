@@ -8,7 +8,7 @@ import math
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -84,24 +84,31 @@ def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
     raise ValueError(f"data={str(path)!r} is neither shapes, nor cifar10, nor a folder or zip of images")
 
 
-def read_images(path: Path, image_size: int | None) -> Tensor:
-    """Every image in a folder or zip, cropped square about the centre: uint8 [N, S, S, 3].
+def each_image(path: Path, image_size: int | None) -> Iterator[np.ndarray]:
+    """Every image in a folder or zip, one at a time, cropped square about the centre: uint8 [S, S, 3].
 
-    image_size: S, to which they are scaled; None: as they are, all of the first one's size.
+    image_size: S, to which they are scaled; None: as they are, all of the first one's size. ValueError where there is
+    none, or one that cannot be read.
     """
-    images = []
-    for name, content in tqdm(image_files(path), desc="reading", unit="image", disable=None):
+    shape, files = None, image_files(path)
+    if not files:
+        raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
+    for name, content in tqdm(files, desc="reading", unit="image", disable=None, leave=False):
         try:
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(content()))).convert("RGB")
         except UNREADABLE:
             raise ValueError(f"{name} in {path} is not an image that can be read") from None
         size = image.size if image_size is None else (image_size, image_size)
-        images.append(np.asarray(ImageOps.fit(image, size, Image.Resampling.BOX)))
-        if images[-1].shape != images[0].shape:
+        pixels = np.asarray(ImageOps.fit(image, size, Image.Resampling.BOX))
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
             raise ValueError(f"{name} in {path} is {image.width}x{image.height} pixels, unlike the first image")
-    if not images:
-        raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
-    return torch.from_numpy(np.stack(images))
+        yield pixels
+
+
+def read_images(path: Path, image_size: int | None) -> Tensor:
+    """All of `each_image` together: uint8 [N, S, S, 3]."""
+    return torch.from_numpy(np.stack(list(each_image(path, image_size))))
 
 
 def is_image(name: str) -> bool:

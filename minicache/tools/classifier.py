@@ -14,6 +14,7 @@ import math
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -66,11 +67,11 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def classifier_features(images: Tensor, batch_size: int = 250) -> Tensor:
-    """Images [B, 3, 32, 32] in [-1, 1] -> [B, 128] float64, by the classifier that ships; else ValueError."""
-    if images.shape[1:] != (3, 32, 32):
-        raise ValueError(f"the classifier's features are for images [B, 3, 32, 32], not {list(images.shape)}")
-    return torch.cat([shipped().features(part.clamp(-1, 1)) for part in images.split(batch_size)]).double()
+def classifier_features(images: np.ndarray) -> Tensor:
+    """uint8 [B, 32, 32, 3] -> [B, 128], by the classifier that ships; ValueError for other sizes."""
+    if images.shape[1:] != (32, 32, 3):
+        raise ValueError(f"the classifier's features are for images [B, 32, 32, 3], not {list(images.shape)}")
+    return shipped().features(to_tensor(images))
 
 
 @cache
