@@ -54,7 +54,7 @@ def moments(parts: Iterable[Tensor]) -> Moments:
     """Of features that come in parts [B, C], of which one at a time is held; ValueError for fewer than two rows."""
     count, total, squares = 0, 0.0, 0.0
     for part in parts:
-        part = part.double().cpu()
+        part = part.cpu().double()  # mps has no float64
         count, total, squares = count + len(part), total + part.sum(0), squares + part.T @ part
     if count < 2:
         raise ValueError(f"a Frechet distance needs two features at least on each side, not {count}")

@@ -3,7 +3,7 @@
     python -m minicache classifier --data cifar10-train.zip --test cifar10-test.zip --out weights/cifar10_classifier.pt
 
 --data and --test: "cifar10" (downloaded, hash checked), or a folder or zip with one folder of images a class. FID's
-own features are those of Inception, trained on ImageNet (minicache.metrics fid); these are 128 numbers that tell ten
+own features are those of Inception, trained on ImageNet (`fid`); these are 128 numbers that tell ten
 classes apart, and Frechet distances in them are comparable with each other alone.
 """
 
