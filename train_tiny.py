@@ -1,11 +1,11 @@
-"""Train a small U-Net to draw: on procedural shapes (no download), on CIFAR-10, or on a folder or zip of images.
+"""Train a small U-Net to draw: procedural shapes (no download), CIFAR-10, or a folder or zip of your own images.
 
 examples:
   python train_tiny.py                                        # shapes, into runs/shapes; half an hour on 2 cores
   python train_tiny.py --data cifar10 --steps 50000           # downloads CIFAR-10 once
   python train_tiny.py --data my_photos.zip --image-size 64 --channel-mult 1,2,2,2 --device cuda
-  python train_tiny.py --resume                               # go on where an interrupted run stopped
-  python sample.py --ckpt runs/shapes/last.pt                 # look at what it draws, also while it trains
+  python train_tiny.py --resume                               # continue an interrupted run
+  python sample.py --ckpt runs/shapes/last.pt                 # see what it draws, even while it trains
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,103 +41,181 @@ BETA_END = 0.0075  # less noisy at the end than Ho et al.'s 0.02: weights/README
 WARMUP = 500  # steps until the learning rate is at its peak
 
 
-def main(
-    data: str = "shapes",
-    out: str | None = None,
-    image_size: int = 32,
-    model_channels: int = 64,
-    channel_mult: tuple[int, ...] = (1, 1, 1, 1),
-    num_res_blocks: int = 2,
-    groups: int = 32,
-    attention_resolutions: tuple[int, ...] = (8,),
-    dropout: float = 0.0,
-    beta_end: float | None = None,
-    steps: int = 5000,
-    batch_size: int = 32,
-    lr: float = 1e-3,
-    ema: float = 0.999,
-    jitter: float = 0.05,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    preview_every: int = 2000,
-    save_every: int = 500,
-    resume: bool = False,
-    init: str | None = None,
-) -> Path:
-    """Train, and return the path of the checkpoint (EMA weights, and all that a resumed run needs)."""
-    for name, value in {"steps": steps, "batch_size": batch_size, "preview_every": preview_every,
-                        "save_every": save_every}.items():  # fmt: skip
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if not (lr > 0 and 0 <= ema < 1 and 0 <= jitter < 1):
-        raise ValueError(f"need lr > 0, 0 <= ema < 1 and 0 <= jitter < 1, not {lr}, {ema} and {jitter}")
-    device = choose_device(device)
-    folder = Path(out or f"runs/{Path(data).stem}")
-    last = folder / "last.pt"
-    if last.exists() and not resume:
-        raise ValueError(f"{last} exists: add --resume to go on with it, or choose another --out")
-    torch.manual_seed(seed)
-    if init:
-        unet = load(init).train()
-    else:
-        shape = (image_size, model_channels, channel_mult, num_res_blocks, attention_resolutions)
-        unet = UNet(UNetConfig(*shape, dropout=dropout, groups=groups))
-    unet = unet.to(device)
-    draw = source(data, unet.config.image_size)
-    if beta_end is not None or not init:
-        unet.diffusion = Diffusion(beta_end=BETA_END if beta_end is None else beta_end)
-    average = copy.deepcopy(unet).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    arguments = {"data": data, "batch_size": batch_size, "ema": ema, "jitter": jitter, "seed": seed}
-    start = restore(last, unet, average, optimizer, arguments) if resume else 0
-    low_precision = (fastest_dtype(device)[0] if dtype == "auto" else DTYPES[dtype]) == torch.bfloat16
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters, precision = sum(p.numel() for p in unet.parameters()), "bf16" if low_precision else "float32"
-    print(f"{parameters:,} parameters, {precision}, {device}, {torch.get_num_threads()} threads", flush=True)
-    print(f"steps {start}..{steps}, into {folder}", flush=True)
+def flag(default: Any, text: str, **more: Any) -> Any:
+    """A field of Settings. text: what --help says of it; more: what else argparse needs to know."""
+    return field(default=default, metadata={"help": text, **more})
 
-    began, losses, noisy_losses = time.time(), [], []
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run. Each field is a flag: image_size is --image-size. ValueError for what no run can have."""
+
+    data: str = flag("shapes", "shapes, cifar10, or a folder or zip of images")
+    out: str | None = flag(None, "folder of the checkpoint, the log and the previews (default: runs/<data>)")
+    init: str | None = flag(None, "begin with these weights, and their shape, not with random ones", metavar="CKPT")
+    resume: bool = flag(False, "continue from <out>/last.pt")
+    image_size: int = flag(32, "pixels a side")
+    model_channels: int = flag(64, "width of the first level, a multiple of --groups; twice it at least")
+    channel_mult: tuple[int, ...] = flag((1, 1, 1, 1), "width of each level, in model-channels")
+    num_res_blocks: int = flag(2, "blocks of a level on the way down; one more on the way up")
+    groups: int = flag(32, "groups of every GroupNorm")
+    attention_resolutions: tuple[int, ...] = flag((8,), "sides at which blocks attend")
+    dropout: float = flag(0.0, "share of the features that each block drops")
+    beta_end: float | None = flag(
+        None, f"last beta of the schedule; Ho et al.: 0.02 (default: {BETA_END}, or --init's)"
+    )
+    steps: int = flag(5000, "training steps")
+    batch_size: int = flag(32, "images a step")
+    lr: float = flag(1e-3, "peak learning rate; it decays to 0 along a cosine")
+    ema: float = flag(0.999, "decay of the averaged weights")
+    jitter: float = flag(0.05, "how much the noise's amplitude varies from image to image")
+    seed: int = flag(0, "of the first weights, the images and the noise")
+    device: str = flag("auto", "cpu, cuda, mps; auto: cuda where there is one")
+    dtype: str = flag("auto", "auto: bfloat16 where the hardware has it", choices=("auto", "float32", "bfloat16"))
+    preview_every: int = flag(2000, "steps between sample grids")
+    save_every: int = flag(500, "steps between checkpoints")
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "preview_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not (self.lr > 0 and 0 <= self.ema < 1 and 0 <= self.jitter < 1):
+            given = f"{self.lr}, {self.ema} and {self.jitter}"
+            raise ValueError(f"need lr > 0, 0 <= ema < 1 and 0 <= jitter < 1, not {given}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/{Path(self.data).stem}")
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+
+def main(**flags: Any) -> Path:
+    """Train with these `Settings`; the path of the checkpoint: averaged weights, and what a resumed run needs."""
+    settings = Settings(**flags)
+    if settings.last.exists() and not settings.resume:
+        raise ValueError(f"{settings.last} exists: add --resume to go on with it, or choose another --out")
+    training = Training(settings)
+    draw = source(settings.data, training.unet.config.image_size)
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    parameters = sum(p.numel() for p in training.unet.parameters())
+    precision = "bf16" if training.low_precision else "float32"
+    print(f"{parameters:,} parameters, {precision}, {training.device}, {torch.get_num_threads()} threads", flush=True)
+    print(f"steps {training.step}..{settings.steps}, into {settings.folder}", flush=True)
     with interruptions() as interrupted:
-        for step in (bar := tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            x0, t, eps = batch(draw, batch_size, unet.diffusion.num_timesteps, jitter, seed, step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
-                each = unet.diffusion.loss(unet, x0.to(device), t.to(device), eps.to(device))
-            optimizer.zero_grad(set_to_none=True)
-            each.mean().backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            update_average(average, unet, min(ema, (1 + step) / (10 + step)))
+        train(training, draw, interrupted)
+    return settings.last
 
-            done, each = step + 1, each.detach().cpu()
-            losses.append(each.mean().item())
-            if not math.isfinite(losses[-1]):
-                raise ValueError(
-                    f"the loss of step {done} is {losses[-1]}; {last} is as it was: lower --lr, and --resume"
-                )
-            noisy_losses += each[t >= 0.9 * unet.diffusion.num_timesteps].tolist()
-            last_one = done == steps or interrupted
-            if done % 100 == 0 or last_one:
-                loss, noisy_loss = fmean(losses), fmean(noisy_losses) if noisy_losses else math.nan
-                bar.set_postfix_str(f"loss {loss:.4f}, in the noisiest tenth {noisy_loss:.6f}")
-                log(folder / "log.csv", done, loss, noisy_loss, time.time() - began)
-                losses, noisy_losses = [], []
-            if done % save_every == 0 or last_one:
-                state = {"step": done, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
-                save(last, average, training={**state, "arguments": arguments})
-            if interrupted:
-                print(f"stopped after step {done}; --resume goes on from {last}", file=sys.stderr)
-                raise KeyboardInterrupt
-            if done % preview_every == 0 or last_one:
-                preview(average, folder / f"preview_{done:06d}.png")
-    return last
+
+def train(training: Training, draw: Source, interrupted: list[int]) -> None:
+    """Take the steps that are left; log, save and preview on the way. Stop after a step that was interrupted."""
+    settings, T = training.settings, training.unet.diffusion.num_timesteps
+    began, losses, noisy_losses = time.time(), [], []
+    steps = range(training.step, settings.steps)
+    for step in (bar := tqdm(steps, initial=steps.start, total=steps.stop, unit="step", disable=None)):
+        x0, t, eps = batch(draw, settings.batch_size, T, settings.jitter, settings.seed, step)
+        each = training.update(x0, t, eps)
+        losses.append(each.mean().item())
+        noisy_losses += each[t >= 0.9 * T].tolist()
+        done = training.step
+        last_one = done == settings.steps or interrupted
+        if done % 100 == 0 or last_one:
+            loss, noisy_loss = fmean(losses), fmean(noisy_losses) if noisy_losses else math.nan
+            bar.set_postfix_str(f"loss {loss:.4f}, in the noisiest tenth {noisy_loss:.6f}")
+            log(settings.folder / "log.csv", done, loss, noisy_loss, time.time() - began)
+            losses, noisy_losses = [], []
+        if done % settings.save_every == 0 or last_one:
+            training.save()
+        if interrupted:
+            print(f"stopped after step {done}; --resume goes on from {settings.last}", file=sys.stderr)
+            raise KeyboardInterrupt
+        if done % settings.preview_every == 0 or last_one:
+            preview(training.average, settings.folder / f"preview_{done:06d}.png")
+
+
+class Training:
+    """What changes in a run: the weights, their average, the optimizer, and the number of steps done."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.step = settings, 0
+        self.device = choose_device(settings.device)
+        dtype = fastest_dtype(self.device)[0] if settings.dtype == "auto" else DTYPES[settings.dtype]
+        self.low_precision = dtype == torch.bfloat16
+        torch.manual_seed(settings.seed)
+        self.unet = network(settings).to(self.device)
+        self.average = copy.deepcopy(self.unet).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        if settings.resume:
+            self.restore()
+
+    def update(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """One training step; the loss of each image before it, [B] on the CPU. ValueError where it diverges."""
+        x0, t, eps = (tensor.to(self.device) for tensor in (x0, t, eps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
+            each = self.unet.diffusion.loss(self.unet, x0, t, eps)
+        self.optimizer.zero_grad(set_to_none=True)
+        each.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        update_average(self.average, self.unet, min(self.settings.ema, (1 + self.step) / (10 + self.step)))
+        self.step += 1
+        each, loss = each.detach().cpu(), each.mean().item()
+        norm = torch.stack(torch._foreach_norm(list(self.unet.parameters()))).norm().item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):  # before anything is saved or drawn
+            told = f"the loss of step {self.step} is {loss}, and the norm of the weights after it {norm}"
+            raise ValueError(f"{told}; {self.settings.last} is as it was: lower --lr, and --resume")
+        return each
+
+    def save(self) -> None:
+        state = {"step": self.step, "unet": self.unet.state_dict(), "optimizer": self.optimizer.state_dict()}
+        arguments = {name: getattr(self.settings, name) for name in ("data", "batch_size", "ema", "jitter", "seed")}
+        save(self.settings.last, self.average, training={**state, "arguments": arguments})
+
+    def restore(self) -> None:
+        """Put everything back as the checkpoint has it. ValueError where its network or its arguments are others."""
+        last = self.settings.last
+        if not last.exists():
+            raise ValueError(f"nothing to resume: there is no {last}")
+        content = read_file(last)
+        if "training" not in content:
+            raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
+        here = {**asdict(self.settings), **asdict(self.unet.config), **asdict(self.unet.diffusion)}
+        there = {**content["config"], **content["diffusion"], **content["training"]["arguments"]}
+        for name, value in there.items():
+            if here.get(name) != value:
+                now = here.get(name)
+                raise ValueError(f"{last} was trained with {name}={value!r}, not {now!r}: use the same flags")
+        self.average.load_state_dict(content["state_dict"])
+        self.unet.load_state_dict(content["training"]["unet"])
+        self.optimizer.load_state_dict(content["training"]["optimizer"])
+        self.step = content["training"]["step"]
+
+
+def network(settings: Settings) -> UNet:
+    """The network to train, in training mode: --init's, or one of random weights."""
+    if settings.init:
+        unet = load(settings.init).train()
+    else:
+        names = [each.name for each in fields(UNetConfig) if hasattr(settings, each.name)]
+        unet = UNet(UNetConfig(**{name: getattr(settings, name) for name in names}))
+        unet.diffusion = Diffusion(beta_end=BETA_END)
+    if settings.beta_end is not None:
+        unet.diffusion = replace(unet.diffusion, beta_end=settings.beta_end)
+    return unet
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Rises over WARMUP steps to the peak, and falls along a cosine to 0."""
+    return settings.lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 @contextmanager
 def interruptions() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills, so that a step is never cut in two; the second Ctrl-C is an ordinary one."""
+    """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once."""
     interrupted: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -154,13 +233,13 @@ def interruptions() -> Iterator[list[int]]:
 def batch(
     draw: Source, size: int, num_timesteps: int, jitter: float, seed: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x0, t, eps) of a step, a function of the seed and the step alone; dropout goes on with the same generator.
+    """x0 [B, C, H, W], t [B] and eps [B, C, H, W] of a step: they depend on the seed and the step alone.
 
-    t: one random timestep from each of `size` equal parts of 0..T-1, so that no step goes without the noisiest ones.
-    eps: each image's is scaled by 1 + jitter * N(0, 1). The norm of plain noise varies by 1% alone, too little for a
-    network full of normalisations to notice soon; what it does not see of it stays in the picture as grain.
+    t: one random timestep from each of `size` equal parts of 0..T-1, so that every step has some of the noisiest.
+    eps: the noise of each image is scaled by 1 + jitter * N(0, 1). The norm of plain noise varies by only 1%, and a
+    network full of normalisations learns slowly to see that; what it does not see stays in the picture as grain.
     """
-    generator = torch.manual_seed(seed * 1_000_003 + step)  # the global one
+    generator = torch.manual_seed(seed * 1_000_003 + step)  # the global one: dropout draws from it after this
     x0 = draw(size, generator)
     t = ((torch.arange(size) + torch.rand(size, generator=generator)) * num_timesteps / size).long()
     eps = torch.randn(x0.shape, generator=generator) * (1 + jitter * torch.randn(size, 1, 1, 1, generator=generator))
@@ -169,30 +248,12 @@ def batch(
 
 @torch.no_grad()
 def update_average(average: UNet, unet: UNet, decay: float) -> None:
-    """average = decay * average + (1 - decay) * unet: sampled from, as the last iterates are noisy."""
+    """average = decay * average + (1 - decay) * unet. It draws better than the weights of any single step."""
     torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
 
 
-def restore(last: Path, unet: UNet, average: UNet, optimizer: torch.optim.Optimizer, arguments: dict) -> int:
-    """Put everything back as the checkpoint has it; the number of steps done. Only steps and lr may be others."""
-    if not last.exists():
-        raise ValueError(f"nothing to resume: there is no {last}")
-    content = read_file(last)
-    if "training" not in content:
-        raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
-    here = {**asdict(unet.config), **asdict(unet.diffusion), **arguments}
-    there = {**content["config"], **content["diffusion"], **content["training"]["arguments"]}
-    for name, value in there.items():
-        if here.get(name) != value:
-            raise ValueError(f"{last} was trained with {name}={value!r}, not {here.get(name)!r}: use the same flags")
-    average.load_state_dict(content["state_dict"])
-    unet.load_state_dict(content["training"]["unet"])
-    optimizer.load_state_dict(content["training"]["optimizer"])
-    return content["training"]["step"]
-
-
 def preview(unet: UNet, path: Path) -> None:
-    """Left: DDPM, clipped. Right: DDIM, unclipped, which shows errors of colour that clipping hides."""
+    """Left: DDPM, clipped. Right: DDIM, not clipped, which shows errors of colour that clipping hides."""
     grids = [
         grid(to_uint8(sample(unet, range(16), steps=steps, sampler=sampler)))
         for sampler, steps in (("ddpm", 100), ("ddim", 50))
@@ -201,6 +262,7 @@ def preview(unet: UNet, path: Path) -> None:
 
 
 def log(path: Path, step: int, *values: float) -> None:
+    """Append a line to the CSV file at `path`."""
     with open(path, "a") as file:
         if file.tell() == 0:
             file.write("step,loss,loss_noisiest_tenth,seconds\n")
@@ -213,42 +275,17 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="train_tiny.py", doc=__doc__)
-    add = parser.add_argument
-    add("--data", default="shapes", help="shapes, cifar10, or a folder or zip of images (default: shapes)")
-    add("--out", help="folder of the checkpoint, the log and the previews (default: runs/<data>)")
-    add("--init", metavar="CKPT", help="begin with these weights, and their shape, instead of random ones")
-    add("--resume", action="store_true", help="go on from <out>/last.pt")
-    for name, kind, default, text in (
-        ("image-size", int, 32, "pixels a side"),
-        ("model-channels", int, 64, "width of the first level, a multiple of --groups; twice it at least"),
-        ("channel-mult", whole_numbers, (1, 1, 1, 1), "width of each level, in model-channels"),
-        ("num-res-blocks", int, 2, "blocks of a level, on the way down; one more on the way up"),
-        ("groups", int, 32, "of every GroupNorm"),
-        ("attention-resolutions", whole_numbers, (8,), "sides at which blocks attend"),
-        ("dropout", float, 0.0, ""),
-        ("steps", int, 5000, "training steps"),
-        ("batch-size", int, 32, ""),
-        ("lr", float, 1e-3, "peak learning rate; decays to 0 along a cosine"),
-        ("ema", float, 0.999, "decay of the averaged weights"),
-        ("jitter", float, 0.05, "spread of the noise's amplitude, from image to image"),
-        ("seed", int, 0, ""),
-        ("device", str, "auto", "cpu, cuda, mps; auto: cuda where there is one"),
-        ("preview-every", int, 2000, "steps between sample grids"),
-        ("save-every", int, 500, "steps between checkpoints"),
-    ):
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        add(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})".strip())
-    add(
-        "--beta-end",
-        type=float,
-        help=f"the schedule's last beta; Ho et al. have 0.02 (default: {BETA_END}, or --init's)",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 where the hardware has it",
-    )
+    kinds = {"int": int, "float": float, "float | None": float, "tuple[int, ...]": whole_numbers}
+    for each in fields(Settings):
+        about = dict(each.metadata)
+        if each.type == "bool":
+            about["action"] = "store_true"
+        else:
+            about["type"] = kinds.get(each.type, str)
+            if each.default is not None:
+                shown = ",".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+                about["help"] += f" (default: {shown})"
+        parser.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, **about)
     return parser.parse_args(argv)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from minicache.diffusion import Diffusion
-from minicache.plan import CachePlan, full, nonuniform, uniform
+from minicache.plan import CachePlan, PlanCache, full, nonuniform, uncached, uniform  # noqa: F401
 from minicache.recipe import Recipe
 from minicache.samplers import denoise, sample
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
@@ -14,14 +14,15 @@ __all__ = [
     "LSUN_256",
     "CachePlan",
     "Diffusion",
+    "PlanCache",
     "Recipe",
     "UNet",
     "UNetConfig",
     "denoise",
-    "full",
     "load",
     "nonuniform",
     "sample",
+    "uncached",
     "uniform",
 ]
 

@@ -1,7 +1,7 @@
 """What a plan costs: multiply-accumulates and bytes, counted on the meta device, where nothing is computed.
 
 Conventions: for one image; MACs are those of convolutions and linear layers, as in the papers (attention's two matrix
-products are reported apart); activations are float32.
+products are reported apart); activations are float32; a context has TOKENS tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from minicache.plan import CachePlan
 from minicache.unet import UNet, UNetConfig
 
+TOKENS = 77  # of CLIP, and so of Stable Diffusion's context
 
-class Cost(NamedTuple):
-    """Of one pass, for one image."""
+
+class PassCost(NamedTuple):
+    """What one pass costs, for one image."""
 
     macs: int  # convolutions and linear layers
     attention_macs: int  # the products q k and attention v
@@ -49,63 +51,53 @@ class _Peak(TorchDispatchMode):
         return result
 
 
-def cost(unet: UNet, branch: int | None = None) -> Cost:
+def pass_cost(unet: UNet, branch: int | None = None) -> PassCost:
     """Of a full pass (branch None), or of a partial pass with `branch` live pairs."""
     return _count(unet.config, branch)
 
 
 @cache
 @torch.no_grad()
-def _count(config: UNetConfig, branch: int | None) -> Cost:
+def _count(config: UNetConfig, branch: int | None) -> PassCost:
     size = config.image_size
     with torch.device("meta"):
         unet = UNet(config).eval()
         x, t = torch.empty(1, config.in_channels, size, size), torch.zeros(1)
+        context = torch.empty(1, TOKENS, config.context_dim) if config.context_dim else None
         cached_U = None if branch is None else torch.empty(1, *unet.cached_shape(branch, size, size))
     counter, peak = FlopCounterMode(display=False), _Peak(unet)
     for mode in (counter, peak):
         with mode:
-            unet(x, t) if branch is None else unet.forward_partial(x, t, cached_U, branch)
+            unet(x, t, context) if branch is None else unet.forward_partial(x, t, cached_U, branch, context)
     flops = {str(operation).split(".")[-1]: count for operation, count in counter.get_flop_counts()["Global"].items()}
     weighted = sum(flops.pop(name, 0) for name in ("convolution", "addmm", "mm"))
-    inputs = x.nbytes + (0 if cached_U is None else cached_U.nbytes)
-    return Cost(weighted // 2, sum(flops.values()) // 2, inputs + peak.peak)
+    inputs = sum(tensor.nbytes for tensor in (x, cached_U, context) if tensor is not None)
+    return PassCost(weighted // 2, sum(flops.values()) // 2, inputs + peak.peak)
 
 
 def macs(unet: UNet, branch: int | None = None) -> int:
     """Multiply-accumulates (convolutions and linear layers) of a full or partial pass, for one image."""
-    return cost(unet, branch).macs
+    return pass_cost(unet, branch).macs
 
 
-def plan_macs(unet: UNet, plan: CachePlan) -> int:
-    """Multiply-accumulates of all of a plan's steps together, for one image."""
-    refreshes, partial = len(plan.refresh), plan.steps - len(plan.refresh)
-    return refreshes * macs(unet) + (partial * macs(unet, plan.branch) if partial else 0)
+def plan_macs(unet: UNet, plan: CachePlan, guidance: float = 1.0) -> int:
+    """Multiply-accumulates of all of a plan's steps together, for one image; guidance other than 1 doubles them."""
+    full, partial = len(plan.refresh), plan.steps - len(plan.refresh)
+    passes = full * macs(unet) + (partial * macs(unet, plan.branch) if partial else 0)
+    return passes * (1 if guidance == 1 else 2)
 
 
-def full_passes(unet: UNet, plan: CachePlan) -> float:
+def full_passes(unet: UNet, plan: CachePlan, guidance: float = 1.0) -> float:
     """A plan's MACs, in full passes of this network: what uncached sampling with as many steps would cost."""
-    return plan_macs(unet, plan) / macs(unet)
-
-
-class Costs:
-    """What a plan costs, in full passes of this network: by MACs, or by the clock."""
-
-    def __init__(self, unet: UNet, seconds: bool = False):
-        of = seconds_of if seconds else macs
-        self.unit = of(unet)  # MACs or seconds of a full pass, for one image
-        self.partial = {branch: of(unet, branch) / self.unit for branch in range(1, min(3, len(unet.D)) + 1)}
-
-    def __call__(self, plan: CachePlan) -> float:
-        refreshes = len(plan.refresh)
-        partial = self.partial[plan.branch] if refreshes < plan.steps else 0.0
-        return refreshes + (plan.steps - refreshes) * partial
+    return plan_macs(unet, plan, guidance) / macs(unet)
 
 
 @torch.no_grad()
-def seconds_of(unet: UNet, branch: int | None = None, batch: int = 16) -> float:
-    """Of one pass, an image: the median of 7 passes."""
-    x = torch.randn(batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=unet.conv_out.weight.device)
+def pass_seconds(unet: UNet, branch: int | None = None, batch: int = 16) -> float:
+    """What one pass takes, for one image: the median of 7 passes, by the clock."""
+    x = torch.randn(
+        batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=next(unet.parameters()).device
+    )
     cached_U, times = unet.forward_full(x, 500, branch or 1)[1], []
     for _ in range(7):
         began = time.perf_counter()
@@ -115,10 +107,11 @@ def seconds_of(unet: UNet, branch: int | None = None, batch: int = 16) -> float:
     return statistics.median(times) / batch
 
 
-def cache_bytes(unet: UNet, plan: CachePlan) -> int:
-    """Bytes of cached_U that the loop keeps for one image: one tensor, two when forecasting, none uncached."""
+def cache_bytes(unet: UNet, plan: CachePlan, guidance: float = 1.0) -> int:
+    """Bytes of cached_U that the loop keeps for one image: one tensor, two when forecasting, none uncached; twice as
+    many under guidance."""
     channels, height, width = unet.cached_shape(plan.branch, unet.config.image_size, unet.config.image_size)
-    tensors = 0 if len(plan.refresh) == plan.steps else 1 + plan.forecasts
+    tensors = 0 if len(plan.refresh) == plan.steps else (1 + plan.forecasts) * (1 if guidance == 1 else 2)
     return next(unet.parameters()).element_size() * channels * height * width * tensors
 
 

@@ -1,5 +1,7 @@
-"""Images to train on. Every source is a function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1], so that the batch
-of a training step depends on the step's generator alone, and a resumed run sees what an uninterrupted one would."""
+"""Images to train on. A source is a function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1].
+
+A training step's images depend on its generator alone, so a resumed run sees what an uninterrupted one sees.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def source(name: str, image_size: int) -> Source:
-    """By name: "shapes" (procedural, endless), "cifar10" (downloaded, hash checked), or a folder or zip of images."""
+    """The source of that name: "shapes" (procedural, endless), "cifar10" (downloaded), or a folder or zip of images.
+
+    Images from files are flipped left to right with probability 1/2. Raises ValueError where there are none.
+    """
     if name == "shapes":
         return lambda n, generator: shapes(n, image_size, generator)
     if name == "cifar10":
@@ -62,9 +67,9 @@ def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
 
 
 def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
-    """Images and classes as `cifar10` gives them, and the classes' names in order of their numbers.
+    """Images and classes, as `cifar10` returns them, and the classes' names in the order of their numbers.
 
-    name: "cifar10", or a folder or zip with one folder of images a class, ordered by name; split is for "cifar10".
+    name: "cifar10", or a folder or zip with one folder a class. Classes are numbered in the order of their names.
     """
     if name == "cifar10":
         return *cifar10(split), list(CIFAR10_CLASSES)
@@ -85,10 +90,10 @@ def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
 
 
 def each_image(path: Path, image_size: int | None) -> Iterator[np.ndarray]:
-    """Every image in a folder or zip, one at a time, cropped square about the centre: uint8 [S, S, 3].
+    """Every image in a folder or zip, one at a time, in the order of the names: uint8 [H, W, 3].
 
-    image_size: S, to which they are scaled; None: as they are, all of the first one's size. ValueError where there is
-    none, or one that cannot be read.
+    image_size: H and W; images are scaled, and cropped about the centre. None: all must have the first one's size.
+    Raises ValueError where an image cannot be read, or there is none.
     """
     shape, files = None, image_files(path)
     if not files:
@@ -116,9 +121,9 @@ def is_image(name: str) -> bool:
 
 
 def shapes(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """n pictures [n, 3, size, size] of one or two outlined discs, rings, squares, triangles and crosses on a gradient.
+    """n pictures [n, 3, size, size] in [-1, 1]: one or two outlined discs, rings, squares, triangles or crosses each.
 
-    Each is drawn from its signed distance, so edges are smooth at any size.
+    They lie on a gradient. Each is drawn from its signed distance, so edges are smooth at any size.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

@@ -1,15 +1,19 @@
-"""The forward process of DDPM (Ho et al. 2020): how an image becomes noise, and the loss that teaches the way back."""
+"""The forward process of DDPM (Ho et al. 2020): how an image becomes noise, the loss that teaches the way back, and the
+timesteps that a way back visits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from math import exp, log
 
+import numpy as np
 import torch
 from torch import Tensor
 
 VARIANCES = ("fixed_large", "fixed_small")
+SPACINGS = ("uniform", "quad", "trailing", "linspace")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class Diffusion:
         betas = torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
         return torch.cumprod(1 - betas, dim=0)
 
+    def alpha_bar(self, t: float) -> float:
+        """alphas_bar[t]; between whole timesteps log(alphas_bar / (1 - alphas_bar)), the log-SNR, is linear in t."""
+        below, part = int(t), t - int(t)
+        if part == 0:
+            return self.alphas_bar[below].item()
+        low, high = (log(a / (1 - a)) for a in self.alphas_bar[below : below + 2].tolist())
+        return 1 / (1 + exp(-(low + part * (high - low))))
+
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Noise x0 [B, C, H, W] to t [B] with eps (Ho et al., Eq. 4): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
         signal, noise = self.scales(t, x0)
@@ -55,3 +67,23 @@ class Diffusion:
         squares = (self.alphas_bar, 1 - self.alphas_bar)
         signal, noise = (square.sqrt().to(x.dtype).to(x.device)[t].reshape(-1, 1, 1, 1) for square in squares)
         return signal, noise
+
+
+def timesteps(steps: int, spacing: str = "uniform", num_timesteps: int = 1000) -> list[float]:
+    """The timesteps that `steps` steps visit, noisiest first; ValueError where they would begin at t = 0."""
+    S, T = steps, num_timesteps
+    if not 1 <= S <= T:
+        raise ValueError(f"steps={S} is not in 1..{T}, the timesteps of this diffusion")
+    if spacing == "uniform":  # DDIM's: range(0, T, T // S) where S divides T
+        ts = [i * T // S for i in range(S)]
+    elif spacing == "quad":  # DDIM's for CIFAR-10: repeats some, begins at 0.8 T
+        ts = [int(root**2) for root in np.linspace(0, (0.8 * T) ** 0.5, S)]
+    elif spacing == "trailing":
+        ts = [round((i + 1) * T / S) - 1 for i in range(S)]
+    elif spacing == "linspace":
+        ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
+    else:
+        raise ValueError(f"spacing={spacing!r} is none of {', '.join(SPACINGS)}")
+    if ts[-1] == 0:
+        raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = 0, where no noise is left to remove")
+    return ts[::-1]

@@ -16,7 +16,12 @@ from minicache.files import replacing
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]: what lies outside is clamped, then all is rounded."""
+    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]: what lies outside is clamped, then all is rounded.
+
+    Raises ValueError for NaN and infinity, which would pass for black and white.
+    """
+    if not torch.isfinite(x).all():
+        raise ValueError("the pictures hold NaN or infinity; a wider --dtype may help")
     return rearrange(((x.float() + 1) * 127.5).clamp(0, 255).round().byte().cpu(), "b c h w -> b h w c").numpy()
 
 

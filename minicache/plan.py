@@ -1,4 +1,4 @@
-"""What is computed at each step of sampling: one immutable value, and its constructors."""
+"""What is computed at each step of sampling: one immutable value, its constructors, and the cache that follows it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 FORECASTS = ("hold", "linear")
 MAX_STEPS = 1000  # the most timesteps that a Diffusion has
@@ -29,9 +31,9 @@ class CachePlan:
     alpha: tuple[float, ...] = ()  # one a step; empty means all 0
 
     def __post_init__(self):
-        _whole("steps", self.steps, high=MAX_STEPS)
-        _whole("branch", self.branch)
-        refresh = tuple(_whole("refresh", i, low=0) for i in self.refresh)
+        _whole_number("steps", self.steps, high=MAX_STEPS)
+        _whole_number("branch", self.branch)
+        refresh = tuple(_whole_number("refresh", i, low=0) for i in self.refresh)
         alpha = tuple(float(a) for a in self.alpha) or (0.0,) * self.steps
         object.__setattr__(self, "refresh", refresh)
         object.__setattr__(self, "alpha", alpha)
@@ -50,15 +52,15 @@ class CachePlan:
         return any(self.alpha)
 
 
-def full(steps: int, branch: int = 1) -> CachePlan:
-    """Uncached sampling: the plan that refreshes at every step."""
+def uncached(steps: int, branch: int = 1) -> CachePlan:
+    """The plan that refreshes at every step."""
     return uniform(steps, interval=1, branch=branch)
 
 
 def uniform(steps: int, interval: int, branch: int = 3, forecast: str = "hold") -> CachePlan:
     """1:N caching (DeepCache, Sec. 3.3): a full step, then interval - 1 partial ones, and so on."""
-    _whole("steps", steps, high=MAX_STEPS)
-    _whole("interval", interval)
+    _whole_number("steps", steps, high=MAX_STEPS)
+    _whole_number("interval", interval)
     return from_refreshes(steps, branch, range(0, steps, interval), forecast)
 
 
@@ -78,8 +80,8 @@ def nonuniform(
     0 <= center <= steps, 1 <= power <= 100. `power` is lowered by 0.02 at a time until all refreshes are distinct.
     official=True gives the lists of the published code instead, which lets Python take complex roots.
     """
-    _whole("steps", steps, high=MAX_STEPS)
-    _whole("interval", interval)
+    _whole_number("steps", steps, high=MAX_STEPS)
+    _whole_number("interval", interval)
     if not 0 <= center <= steps:
         raise ValueError(f"center={center} is not in 0..{steps}, the steps")
     if not 1 <= power <= 100:
@@ -119,8 +121,36 @@ def from_refreshes(steps: int, branch: int, refresh: Iterable[int], forecast: st
     return CachePlan(steps, branch, refresh, tuple(alpha))
 
 
-def _whole(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
+def _whole_number(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         most = "" if high == math.inf else f" and at most {high}"
         raise ValueError(f"{name}={value!r} must be a whole number of at least {low}{most}")
     return int(value)
+
+
+class PlanCache:
+    """The features that the loop keeps while it denoises one batch, as a plan says.
+
+    `sample(..., cache=...)` takes a subclass and makes one from the plan for each batch: another `stand_in` is another
+    forecast, another `refreshes` a rule that decides while running.
+    """
+
+    def __init__(self, plan: CachePlan):
+        self.plan, self.refresh = plan, set(plan.refresh)
+        self.older = self.newer = None  # cached_U of the last two refreshes
+
+    def refreshes(self, i: int, x: Tensor) -> bool:
+        """Whether step i, which begins with x [B, C, H, W], runs in full. Step 0 must."""
+        return i in self.refresh
+
+    def keep(self, i: int, cached_U: Tensor) -> None:
+        """Take the fresh feature of step i, which ran in full."""
+        self.older, self.newer = self.newer if self.plan.forecasts else None, cached_U
+
+    def stand_in(self, i: int) -> Tensor:
+        """What step i, which does not run in full, feeds the network as cached_U."""
+        alpha = self.plan.alpha[i]
+        return torch.lerp(self.older, self.newer, 1 + alpha) if alpha else self.newer
+
+
+full = uncached  # until the merge

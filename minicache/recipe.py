@@ -3,52 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minicache.diffusion import VARIANCES
 from minicache.files import replacing
-from minicache.plan import CachePlan
-from minicache.samplers import SAMPLERS, SPACINGS
+from minicache.plan import CachePlan, nonuniform, uniform
+from minicache.samplers import STEPS, Settings
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A plan and the sampler it was made for, as JSON on disk. ValueError for values that no sampler takes."""
+class Recipe(Settings):
+    """Settings worth keeping, as JSON on disk. ValueError for what no sampler takes."""
 
-    plan: CachePlan
-    sampler: str = "ddim"
-    spacing: str = "uniform"
-    eta: float = 0.0
-    variance: str | None = None  # None: the checkpoint's own
-    start: int | None = None  # for images noised to t = start - 1; None: from pure noise
-    fingerprint: str | None = None  # of the weights it was made for (convert.fingerprint); None: any
+    fingerprint: str | None = None  # of the weights they were made for (checkpoints.fingerprint); None: any
     error: float | None = None  # measured: relative L2 of the final image
 
     def __post_init__(self):
-        for name, value, kinds in (
-            ("plan", self.plan, CachePlan),
-            ("eta", self.eta, (int, float)),
-            ("start", self.start, (int, type(None))),
-            ("fingerprint", self.fingerprint, (str, type(None))),
-            ("error", self.error, (int, float, type(None))),
-        ):
-            if not isinstance(value, kinds):
-                raise ValueError(f"{name}={value!r} is of the wrong kind")
-        for name, value, allowed in (
-            ("sampler", self.sampler, SAMPLERS),
-            ("spacing", self.spacing, SPACINGS),
-            ("variance", self.variance, (None, *VARIANCES)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is none of {allowed}")
+        super().__post_init__()
+        for name, kinds in (("plan", CachePlan), ("fingerprint", str | None), ("error", float | int | None)):
+            if not isinstance(getattr(self, name), kinds):
+                raise ValueError(f"{name}={getattr(self, name)!r} is of the wrong kind")
 
     def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
         """Keyword arguments for `sample` and `denoise`; refused for weights of another fingerprint."""
         if self.fingerprint not in (None, fingerprint):
             raise ValueError(f"the recipe was made for the weights {self.fingerprint}, and these are {fingerprint}")
-        return {name: getattr(self, name) for name in ("sampler", "spacing", "eta", "variance", "start", "plan")}
+        return {field.name: getattr(self, field.name) for field in fields(Settings)}
 
     def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:
@@ -68,6 +50,58 @@ class Recipe:
 
 
 def recipes_in(folder: str | Path, fingerprint: str | None, start: int | None = None) -> list[Recipe]:
-    """The recipes (*.json) in a folder that were made for weights of this fingerprint, and for this start."""
+    """The recipes (*.json) in a folder for weights of this fingerprint (or for any), and for this start."""
     found = [Recipe.load(path) for path in sorted(Path(folder).glob("*.json"))]
-    return [recipe for recipe in found if recipe.fingerprint == fingerprint and recipe.start == start]
+    return [recipe for recipe in found if recipe.fingerprint in (None, fingerprint) and recipe.start == start]
+
+
+def recipe_from(
+    steps: int = STEPS,
+    interval: int = 5,
+    branch: int = 3,
+    center: float | None = None,
+    power: float | None = None,
+    forecast: str = "hold",
+    **settings: Any,
+) -> Recipe:
+    """1:N caching, by the flags of sample.py; settings: other fields of Recipe, as sampler and spacing.
+
+    The plan is `uniform`, or `nonuniform` where center or power is given; the other one is then steps / 2 or 1.2.
+    Raises ValueError for values that plans or recipes do not take.
+    """
+    if center is None and power is None:
+        plan = uniform(steps, interval, branch, forecast)
+    else:
+        center, power = steps / 2 if center is None else center, 1.2 if power is None else power
+        plan = nonuniform(steps, interval, center, power, branch, forecast)
+    return Recipe(plan, **settings)
+
+
+def recipe_from_file(path: str | Path, **flags: Any) -> Recipe:
+    """A recipe on disk. Flags (see `recipe_from`) may repeat what it says: ValueError where they contradict it.
+
+    Raises ValueError as well where it is for noised images, and not for pure noise.
+    """
+    recipe = Recipe.load(path)
+    if recipe.start is not None:
+        raise ValueError(f"{path} is for images noised to t = {recipe.start - 1}, not for pure noise")
+    fixed = {**asdict(recipe), "steps": recipe.plan.steps, "branch": recipe.plan.branch}
+    for name, value in flags.items():
+        if name not in fixed:
+            raise ValueError(f"--{name} contradicts {path}, which says itself which steps run in full")
+        if value != fixed[name]:
+            raise ValueError(f"--{name} {value} contradicts {path}, which has {fixed[name]}")
+    return recipe
+
+
+def nearest_recipe(recipes: Iterable[Recipe], budget: float, cost: Callable[[CachePlan], float]) -> Recipe:
+    """The recipe whose plan costs nearest to the budget, in full passes, and at most a quarter more than it.
+
+    Raises ValueError where there is none.
+    """
+    costs = {cost(recipe.plan): recipe for recipe in recipes}
+    if not costs:
+        raise ValueError("there is no calibrated plan for these weights")
+    if min(costs) > 1.25 * budget:
+        raise ValueError(f"the cheapest plan for these weights costs {min(costs):.1f} full passes")
+    return costs[min((c for c in costs if c <= 1.25 * budget), key=lambda c: abs(c - budget))]

@@ -6,146 +6,210 @@ x_t = sqrt(a) x_0 + sqrt(1 - a) eps. Coefficients are float64 numbers; images ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from math import exp, log, sqrt
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.diffusion import VARIANCES, Diffusion
-from minicache.plan import CachePlan, full
-from minicache.unet import UNet
+from minicache.diffusion import SPACINGS, VARIANCES, Diffusion, timesteps
+from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
 
-SAMPLERS = ("ddim", "ddpm", "dpm++2m", "plms")
-SPACINGS = ("uniform", "quad", "trailing", "linspace")
 STEPS = 100  # unless asked for others
+Noise = Callable[[], Tensor] | None  # draws the next z [B, C, H, W], where the sampler needs one
 
 
-def timesteps(steps: int, spacing: str = "uniform", num_timesteps: int = 1000) -> list[int]:
-    """The timesteps that `steps` steps visit, noisiest first; ValueError where they would begin at t = 0."""
-    S, T = steps, num_timesteps
-    if not 1 <= S <= T:
-        raise ValueError(f"steps={S} is not in 1..{T}, the timesteps of this diffusion")
-    if spacing == "uniform":  # DDIM's: range(0, T, T // S) where S divides T
-        ts = [i * T // S for i in range(S)]
-    elif spacing == "quad":  # DDIM's for CIFAR-10: repeats some, begins at 0.8 T
-        ts = [int(root**2) for root in np.linspace(0, sqrt(0.8 * T), S)]
-    elif spacing == "trailing":
-        ts = [round((i + 1) * T / S) - 1 for i in range(S)]
-    elif spacing == "linspace":
-        ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
-    else:
-        raise ValueError(f"spacing={spacing!r} is none of {', '.join(SPACINGS)}")
-    if ts[-1] == 0:
-        raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = 0, where no noise is left to remove")
-    return ts[::-1]
+class Point(NamedTuple):
+    """One evaluation of the network on the way from noise to image."""
+
+    a: float
+    x: Tensor  # the state x_t
+    eps: Tensor  # the network's output there
+    x0: Tensor  # the image that eps predicts, clipped where `clip`
+    clip: bool = False
 
 
-def ddim_step(x0: Tensor, eps: Tensor, a: float, a_next: float, eta: float = 0.0, z: Tensor | None = None) -> Tensor:
+def predict_x0(x: Tensor, eps: Tensor, a: float, clip: bool = False) -> Tensor:
+    """DDPM (Ho et al. 2020), Eq. 4 solved for x_0: (x_t - sqrt(1 - a) eps) / sqrt(a)."""
+    x0 = (x - sqrt(1 - a) * eps) / sqrt(a)
+    return x0.clamp(-1, 1) if clip else x0
+
+
+def ddim_step(now: Point, past: Sequence[Point], a_next: float, eta: float = 0.0, z: Tensor | None = None) -> Tensor:
     """DDIM (Song et al. 2021), Eq. 12 and 16: sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps + sigma z."""
-    sigma = eta * sqrt((1 - a_next) / (1 - a)) * sqrt(1 - a / a_next)
-    x = sqrt(a_next) * x0 + sqrt(1 - a_next - sigma**2) * eps
+    sigma = eta * sqrt((1 - a_next) / (1 - now.a)) * sqrt(1 - now.a / a_next)
+    x = sqrt(a_next) * now.x0 + sqrt(1 - a_next - sigma**2) * now.eps
     return x + sigma * z if sigma > 0 else x
 
 
-def ddpm_step(x: Tensor, x0: Tensor, a: float, a_next: float, variance: str, z: Tensor | None) -> Tensor:
+def ddpm_step(now: Point, past: Sequence[Point], a_next: float, variance: str, z: Tensor | None) -> Tensor:
     """DDPM (Ho et al. 2020), Eq. 7, from t to any earlier t': sqrt(a') beta / (1 - a) x_0 + ... x_t + sigma z."""
-    alpha = a / a_next
+    a, alpha = now.a, now.a / a_next
     beta = 1 - alpha
-    mean = sqrt(a_next) * beta / (1 - a) * x0 + sqrt(alpha) * (1 - a_next) / (1 - a) * x
+    mean = sqrt(a_next) * beta / (1 - a) * now.x0 + sqrt(alpha) * (1 - a_next) / (1 - a) * now.x
     sigma = sqrt(beta if variance == "fixed_large" else beta * (1 - a_next) / (1 - a))
     return mean if a_next == 1 else mean + sigma * z
 
 
-def dpmpp_2m_step(x: Tensor, x0: Tensor, a: float, a_next: float, past: tuple[float, Tensor] | None) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022), Alg. 2; past is the last step's (a, x_0), None (first order) before that.
+def dpmpp_2m_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022), Alg. 2; of first order where there is no past.
 
     With lambda = log(sqrt(a) / sqrt(1 - a)), h = lambda' - lambda and r = h_last / h:
     D = (1 + 1/2r) x_0 - 1/2r x_0_last,  x' = sigma'/sigma x - alpha' (exp(-h) - 1) D.
     """
     if a_next == 1:
-        return x0
-    h = _half_log_snr(a_next) - _half_log_snr(a)
-    if past is not None:
-        a_last, x0_last = past
-        r = (_half_log_snr(a) - _half_log_snr(a_last)) / h
-        x0 = (1 + 0.5 / r) * x0 - 0.5 / r * x0_last
-    return sqrt((1 - a_next) / (1 - a)) * x - sqrt(a_next) * (exp(-h) - 1) * x0
+        return now.x0
+    x0, h = now.x0, half_log_snr(a_next) - half_log_snr(now.a)
+    if past:
+        r = (half_log_snr(now.a) - half_log_snr(past[0].a)) / h
+        x0 = (1 + 0.5 / r) * x0 - 0.5 / r * past[0].x0
+    return sqrt((1 - a_next) / (1 - now.a)) * now.x - sqrt(a_next) * (exp(-h) - 1) * x0
 
 
-def _half_log_snr(a: float) -> float:
+def half_log_snr(a: float) -> float:
+    """lambda of DPM-Solver: log(sqrt(a) / sqrt(1 - a))."""
     return 0.5 * log(a / (1 - a))
 
 
-def adams_bashforth(eps: Tensor, past: list[Tensor]) -> Tensor:
-    """PLMS (Liu et al. 2022), Eq. 12: eps combined with up to three earlier ones, the latest first, for DDIM's step."""
-    order = min(len(past), 3)
-    weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))[order]
-    return sum(w * e for w, e in zip(weights, [eps, *past]))
+def plms_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+    """PLMS (Liu et al. 2022), Eq. 12: DDIM's step along a direction from this eps and up to three earlier ones.
+
+    The weights are those of Adams and Bashforth, which assume steps of equal length in t. The first steps are of lower
+    order; there is no Runge-Kutta warm-up, so that every step costs one pass.
+    """
+    eps = adams_bashforth([now.eps, *(point.eps for point in past)])
+    return ddim_step(now._replace(eps=eps, x0=predict_x0(now.x, eps, now.a, now.clip)), past, a_next)
+
+
+def adams_bashforth(slopes: Sequence[Tensor]) -> Tensor:
+    """The mean slope over the next step, from up to four slopes at equal distances, the latest first."""
+    weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    return sum(w * slope for w, slope in zip(weights[min(len(slopes), 4) - 1], slopes))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What the loop must know of a sampler."""
+
+    step: Callable[
+        ..., Tensor
+    ]  # (now, past, a_next) -> x at a_next; a stochastic one takes its noise's scale and z, too
+    history: int = 0  # how many earlier Points the step looks at; `past` has the latest first, and at most so many
+    noise: str | None = None  # the setting that scales its noise, "eta" or "variance"; None: it draws none
+    spacing: str = "uniform"  # unless asked for another
+    clip_x0: bool = False  # unless asked otherwise
+    correct: Callable[[Point, Sequence[Point]], Point] | None = None  # (now, past) -> a better now (UniPC)
+
+
+SAMPLERS = {
+    "ddim": Sampler(ddim_step, noise="eta"),
+    "ddpm": Sampler(ddpm_step, noise="variance", clip_x0=True),
+    "dpm++2m": Sampler(dpmpp_2m_step, history=1, spacing="trailing"),
+    "plms": Sampler(plms_step, history=3, spacing="linspace"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample: all but the network, the noise and the context. ValueError for what the sampler does not take."""
+
+    plan: CachePlan  # the steps, and what is cached
+    sampler: str = "ddim"  # one of SAMPLERS
+    spacing: str | None = None  # one of SPACINGS; None: the sampler's own
+    eta: float = 0.0  # ddim's noise, 0 to 1
+    variance: str | None = None  # ddpm's, one of VARIANCES; None: the checkpoint's own
+    clip_x0: bool | None = None  # clip the predicted image to [-1, 1]; None: as the sampler does by default
+    start: int | None = None  # x_T is images noised to t = start - 1, and only timesteps below start are visited
+    guidance: float = 1.0  # of the context, 0 to 100; 1 is none, and costs half
+
+    def __post_init__(self):
+        names = {"sampler": SAMPLERS, "spacing": (None, *SPACINGS), "variance": (None, *VARIANCES)}
+        for name, allowed in names.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
+        numbers = {"eta": (float, 0, 1), "guidance": (float, 0, 100), "start": (int, 1, MAX_STEPS)}
+        for name, (kind, least, most) in numbers.items():
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (kind, int) or not least <= value <= most):
+                raise ValueError(f"{name}={value!r} must be a number in {least}..{most}")
+        for name, default in (("eta", 0), ("variance", None)):
+            if getattr(self, name) != default and SAMPLERS[self.sampler].noise != name:
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={self.sampler!r}")
+        object.__setattr__(self, "spacing", self.spacing or SAMPLERS[self.sampler].spacing)
+        if self.start and timesteps(self.plan.steps, self.spacing, self.start)[0] != self.start - 1:
+            raise ValueError(f"spacing={self.spacing!r} does not begin at start - 1, where the noised images are")
+
+
+class Network(Protocol):
+    """What the loop asks of a network: UNet, or any other nn.Module that can leave out its deep half."""
+
+    config: Any  # .in_channels and .image_size of the images; .null_token, where a context of ids is guided
+    diffusion: Diffusion
+
+    def forward_full(self, x: Tensor, t: Tensor, branch: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(eps like x, cached_U [B, ...])"""
+
+    def forward_partial(self, x: Tensor, t: Tensor, cached_U: Tensor, branch: int, context: Tensor | None) -> Tensor:
+        """eps like x"""
 
 
 class Step(NamedTuple):
     """What one step of `denoise` leaves behind."""
 
     i: int  # 0 is the noisiest step
-    t: int
+    t: float
     x: Tensor  # the state after the step; after the last one, the image
     x0: Tensor  # the image as predicted at this step (clipped where clip_x0)
-    eps: Tensor  # the network's output
+    eps: Tensor  # the network's output, guided
     cached_U: Tensor  # at a refresh the fresh feature, else what stood in for it
 
 
 def denoise(
-    unet: UNet,
+    unet: Network,
     seeds: Iterable[int] | None = None,
     *,
     x_T: Tensor | None = None,
-    start: int | None = None,
-    sampler: str = "ddim",
+    context: Tensor | None = None,
+    negative: Tensor | None = None,
     steps: int | None = None,
-    spacing: str = "uniform",
-    eta: float = 0.0,
-    variance: str | None = None,
-    clip_x0: bool | None = None,
     plan: CachePlan | None = None,
+    cache: Callable[[CachePlan], PlanCache] = PlanCache,
+    **settings,
 ) -> Iterator[Step]:
     """Denoise one batch, and yield a Step after each step.
 
     seeds: one whole number an image; all of its noise (x_T, then each step's z) comes from it alone, on the CPU, so
     an image does not depend on its batch or device. x_T [B, C, H, W]: start here instead (stochastic samplers need
-    seeds as well). start: x_T is images noised to t = start - 1, and only timesteps below start are visited.
-    sampler: one of SAMPLERS. steps: the plan's, or STEPS. spacing: one of SPACINGS. eta: DDIM's noise, 0 to 1.
-    variance: DDPM's, one of VARIANCES; None is the checkpoint's own. clip_x0: clip the predicted image to [-1, 1];
-    None is True for ddpm alone. plan: what to cache; None is nothing. ValueError says what is wrong.
+    seeds as well). context [B or 1, K] ids or [B or 1, K, context_dim]: what to draw; None: the null context.
+    negative, likewise: what guidance leads away from; None: the null context. steps: the plan's, or STEPS. plan: what
+    to cache; None: nothing. cache: what keeps the features, made from the plan for each batch. settings: the other
+    fields of Settings (sampler, spacing, eta, variance, clip_x0, start, guidance). ValueError says what is wrong.
     """
-    if unet.training and unet.config.dropout:
+    if unet.training and getattr(unet.config, "dropout", 0):
         raise ValueError("the network is in training mode, where dropout spoils its output: call unet.eval() first")
-    diffusion = unet.diffusion or Diffusion()
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler={sampler!r} is none of {', '.join(SAMPLERS)}")
-    if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
-        raise ValueError(f"eta={eta} with sampler={sampler!r}: need eta in 0..1, and 0 outside ddim")
-    if variance not in (None, *VARIANCES):
-        raise ValueError(f"variance={variance!r} is none of {', '.join(VARIANCES)}")
+    if unet.diffusion is None:
+        raise ValueError("the network does not say how it was trained: set unet.diffusion = Diffusion(...)")
     if plan is not None and steps not in (None, plan.steps):
         raise ValueError(f"steps={steps} contradicts the plan, which has {plan.steps}")
-    plan = plan or full(STEPS if steps is None else steps)
-    if start is not None and (x_T is None or not 1 <= start <= diffusion.num_timesteps):
-        raise ValueError(f"start={start} needs x_T, noised to t = start - 1, and to be in 1..{diffusion.num_timesteps}")
-    ts = timesteps(plan.steps, spacing, start or diffusion.num_timesteps)
-    stochastic = sampler == "ddpm" or eta > 0
+    s = Settings(plan or uncached(STEPS if steps is None else steps), **settings)
+    if s.start is not None and x_T is None:
+        raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1")
+    ts = timesteps(s.plan.steps, s.spacing, s.start or unet.diffusion.num_timesteps)
+    stochastic = SAMPLERS[s.sampler].noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
         raise ValueError("seeds are needed: for x_T, or for the noise of a stochastic sampler")
     seeds = None if seeds is None else list(seeds)
     if seeds is not None and (not seeds or (x_T is not None and len(seeds) != len(x_T))):
         raise ValueError(f"{len(seeds)} seeds for {'no' if x_T is None else len(x_T)} images; need one for each")
+    shape = (unet.config.in_channels, unet.config.image_size, unet.config.image_size)
+    if x_T is not None and x_T.shape[1:] != shape:
+        raise ValueError(f"x_T has shape {list(x_T.shape)}; need [B, {shape[0]}, {shape[1]}, {shape[2]}]")
 
     device = next(unet.parameters()).device
-    shape = (unet.config.in_channels, unet.config.image_size, unet.config.image_size)
     generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds or ()]
 
     def noise() -> Tensor:
@@ -153,62 +217,73 @@ def denoise(
         return torch.stack(draws).to(device)
 
     x = noise() if generators else x_T
-    if x_T is not None:
-        if x_T.shape[1:] != shape:
-            raise ValueError(f"x_T has shape {list(x_T.shape)}; need [B, {shape[0]}, {shape[1]}, {shape[2]}]")
-        x = x_T.to(device, torch.float32)
-    clip = sampler == "ddpm" if clip_x0 is None else clip_x0
-    variance = variance or diffusion.variance
-    return _loop(unet, x, ts, diffusion, sampler, eta, variance, clip, plan, noise if stochastic else None)
+    x = x if x_T is None else x_T.to(device, torch.float32)
+    if context is None and (negative is not None or s.guidance != 1):
+        raise ValueError(f"guidance={s.guidance} and a negative context need a context")
+    if s.guidance != 1:
+        if negative is None and context.is_floating_point():
+            raise ValueError("guidance of a context of tokens needs a negative one, as that of an empty prompt")
+        negative = torch.full_like(context, unet.config.null_token) if negative is None else negative
+        context = torch.cat([_rows(negative, len(x)), _rows(context, len(x))])
+    context = None if context is None else _rows(context, len(x) if s.guidance == 1 else 2 * len(x)).to(device)
+    return _loop(unet, x, context, ts, cache(s.plan), s, noise if stochastic else None)
+
+
+def _rows(context: Tensor, B: int) -> Tensor:
+    """[B, ...], also from [1, ...]."""
+    if context.ndim < 2 or len(context) not in (1, B):
+        raise ValueError(f"the context has shape {list(context.shape)}; need a row for each of the {B} images, or one")
+    return context.expand(B, *context.shape[1:])
 
 
 @torch.no_grad()
-def _loop(unet, x, ts, diffusion, sampler, eta, variance, clip, plan, noise) -> Iterator[Step]:
+def _loop(
+    unet: Network, x: Tensor, context: Tensor | None, ts: list[float], cache: PlanCache, s: Settings, noise: Noise
+) -> Iterator[Step]:
+    sampler, alpha_bar, branch = SAMPLERS[s.sampler], unet.diffusion.alpha_bar, s.plan.branch
+    clip = sampler.clip_x0 if s.clip_x0 is None else s.clip_x0
+    scale = s.eta if sampler.noise == "eta" else s.variance or unet.diffusion.variance
     ts_device = torch.tensor(ts, device=x.device)
-    refreshes = set(plan.refresh)
-    older = newer = None  # cached_U of the last two refreshes
-    past: list[tuple[float, Tensor, Tensor]] = []  # (a, eps, x0) of the last three steps, the latest first
+    past: list[Point] = []
     for i, t in enumerate(ts):
-        if i in refreshes:
-            older = newer if plan.forecasts else None
-            eps, newer = unet.forward_full(x, ts_device[i : i + 1], plan.branch)
-            cached_U = newer
+        t_i, x_i = ts_device[i : i + 1], x if s.guidance == 1 else torch.cat([x, x])
+        if cache.refreshes(i, x):
+            eps, cached_U = unet.forward_full(x_i, t_i, branch, context)
+            cache.keep(i, cached_U)
         else:
-            cached_U = torch.lerp(older, newer, 1 + plan.alpha[i]) if plan.alpha[i] else newer
-            eps = unet.forward_partial(x, ts_device[i : i + 1], cached_U, plan.branch)
+            cached_U = cache.stand_in(i)
+            eps = unet.forward_partial(x_i, t_i, cached_U, branch, context)
+        if s.guidance != 1:  # Ho and Salimans 2022, with a scale of 1 where theirs is 0
+            away, towards = eps.chunk(2)
+            eps = away + s.guidance * (towards - away)
 
-        a = diffusion.alphas_bar[t].item()
-        a_next = diffusion.alphas_bar[ts[i + 1]].item() if i + 1 < len(ts) else 1.0
-        direction = adams_bashforth(eps, [e for _, e, _ in past]) if sampler == "plms" else eps
-        x0 = (x - sqrt(1 - a) * direction) / sqrt(a)
-        x0 = x0.clamp(-1, 1) if clip else x0
+        a, a_next = alpha_bar(t), alpha_bar(ts[i + 1]) if i + 1 < len(ts) else 1.0
+        now = Point(a, x, eps, predict_x0(x, eps, a, clip), clip)
+        if sampler.correct and past:
+            now = sampler.correct(now, past)
         z = noise() if noise and a_next < 1 else None
         if a_next != a:  # quad repeats timesteps: a step of zero length changes nothing
-            if sampler == "ddpm":
-                x = ddpm_step(x, x0, a, a_next, variance, z)
-            elif sampler == "dpm++2m":
-                x = dpmpp_2m_step(x, x0, a, a_next, (past[0][0], past[0][2]) if past else None)
-            else:
-                x = ddim_step(x0, direction, a, a_next, eta, z)
-            past = [(a, eps, x0), *past[:2]]
-        yield Step(i, t, x, x0, eps, cached_U)
+            x = sampler.step(now, past, a_next, **({sampler.noise: scale, "z": z} if sampler.noise else {}))
+            past = [now, *past][: sampler.history]
+        yield Step(i, t, x, now.x0, eps, cached_U)
 
 
 def sample(
-    unet: UNet,
+    unet: Network,
     seeds: Iterable[int] | None = None,
     *,
-    x_T: Tensor | None = None,
     batch_size: int | None = None,
     progress: bool = False,
     **settings,
 ) -> Tensor:
     """Images [B, C, H, W] near [-1, 1], float32 on the network's device: `denoise`, run to its end.
 
-    seeds, x_T and settings as in `denoise`. batch_size: images at a time (default: all). progress: a bar on a terminal.
+    seeds and settings as in `denoise`. batch_size: images at a time (default: all). progress: a bar on a terminal.
     """
-    seeds = None if seeds is None else list(seeds)
-    count = max(0 if many is None else len(many) for many in (seeds, x_T))
+    rows = {"seeds": None if seeds is None else list(seeds), "x_T": settings.pop("x_T", None)}
+    count = max(0 if row is None else len(row) for row in rows.values())
+    contexts = {name: settings.pop(name) for name in ("context", "negative") if settings.get(name) is not None}
+    rows |= {name: _rows(context, count) for name, context in contexts.items()}
     size = max(count, 1) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -216,8 +291,8 @@ def sample(
     images = []
     with tqdm(total=-(-count // size) * steps, unit="step", disable=None if progress else True) as bar:
         for k in range(0, max(count, 1), size):
-            part, x_part = (None if many is None else many[k : k + size] for many in (seeds, x_T))
-            for step in denoise(unet, part, x_T=x_part, **settings):
+            batch = {name: None if row is None else row[k : k + size] for name, row in rows.items()}
+            for step in denoise(unet, **batch, **settings):
                 bar.update()
                 x = step.x
             images.append(x)

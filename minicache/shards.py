@@ -1,10 +1,9 @@
-"""Many pictures: a set of images in shards, which may be interrupted, killed and shared among processes.
+"""Many pictures, drawn in shards: a run may be interrupted, killed, begun again, and shared among processes.
 
-A shard is one batch of consecutive seeds, so its bytes do not depend on who computes it, or when. It is on disk whole
-or not at all, and whoever finds it there does not compute it again. A manifest says what the images are made with;
-other settings are refused, and so is a second run while one is at work. Under torchrun every process takes its share of
-the shards, and they meet only at the beginning and at the end: a run that lost a worker begins again, with as many as
-are left.
+A shard is one batch of consecutive seeds, so its bytes do not depend on the process that draws it, or on when. It is on
+disk whole or not at all, and a shard that is there is not drawn again. A manifest says how the images are made: a run
+with other settings is refused, and so is a second run while one is at work. Under torchrun each process draws its share
+of the shards, and they meet only at the beginning and at the end. If one dies, begin again, with as many as you like.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ try:
 except ImportError:  # not on Windows, where two runs of one set are not kept apart
     fcntl = None
 
-PATIENCE = timedelta(days=7)  # of a process that has done its share
+PATIENCE = timedelta(days=7)  # how long a process that has drawn its share waits for the others
 
 
 def rank_and_world() -> tuple[int, int]:
-    """As torchrun tells; (0, 1) without it."""
+    """The number of this process, and how many there are, as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def meet() -> None:
-    """Wait for all processes. Nothing else passes between them, so gloo will do on every device."""
+    """Wait for all processes. They exchange nothing else, so gloo is enough on every device."""
     if rank_and_world()[1] > 1:
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=PATIENCE)
@@ -50,7 +49,7 @@ def meet() -> None:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of `seeds`, in batches of batch_size, at `out`: an .npz, or a folder of PNGs. manifest: plain JSON."""
+    """The images of `seeds` at `out`, an .npz or a folder of PNGs, in shards of batch_size. manifest: plain JSON."""
 
     out: Path
     seeds: range
@@ -63,7 +62,7 @@ class ImageSet:
 
     @property
     def folder(self) -> Path:
-        """Where shards are: beside an .npz until it is complete."""
+        """Where the shards are. Those of an .npz lie beside it until it is complete."""
         return self.out.with_name(self.out.name + ".parts") if self.packed else self.out
 
     @property
@@ -86,15 +85,15 @@ class ImageSet:
 
     @property
     def complete(self) -> bool:
-        """Whether the .npz is there; a folder never tells."""
+        """Whether the .npz is there. A folder is never known to be complete."""
         return self.packed and self.out.exists()
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Have the place to oneself, and say what the images are made with. ValueError where it is taken."""
+        """Lock the folder, and write the manifest. ValueError where others draw there, or other images are there."""
         if self.complete:
             self.check(self.out, packed_manifest(self.out))
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed just before it did so
+            shutil.rmtree(self.folder, ignore_errors=True)  # left by a process that was killed at the very end
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +111,7 @@ class ImageSet:
             yield
 
     def read(self, manifest: Path) -> dict[str, Any]:
-        """A manifest of such a set; ValueError for any other file of that name, which is somebody's."""
+        """The content of a manifest. ValueError for any other file of that name: it belongs to somebody."""
         try:
             theirs = json.loads(manifest.read_text())
         except ValueError:
@@ -122,7 +121,8 @@ class ImageSet:
         return theirs
 
     def check(self, where: Path, theirs: dict[str, Any]) -> None:
-        ours, theirs = flat(json.loads(json.dumps(self.manifest))), flat(theirs)  # as it reads after a way through JSON
+        """ValueError where their manifest, found at `where`, is not ours; it names the first setting that differs."""
+        ours, theirs = flat(json.loads(json.dumps(self.manifest))), flat(theirs)  # as JSON gives it back
         for name in {**ours, **theirs}:
             was, now = theirs.get(name), ours.get(name)
             if was != now:
@@ -130,9 +130,9 @@ class ImageSet:
                 raise ValueError(f"{where} was made with {with_what}; choose another --out")
 
     def finish(self) -> None:
-        """One .npz of all shards, read one at a time; in a folder, remove what killed processes have left behind.
+        """Make one .npz of all shards, read one at a time; or remove what killed processes have left in a folder.
 
-        arr_0 [N, H, W, C] is what the evaluator of ADM (Dhariwal & Nichol 2021) reads.
+        The images are arr_0 [N, H, W, C], which the evaluator of ADM (Dhariwal & Nichol 2021) reads.
         """
         if not self.packed:
             for leftover in leftovers(self.folder):
@@ -152,7 +152,7 @@ class ImageSet:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """ValueError where another process has the lock; it ends with the process that has it, however that ends."""
+    """ValueError where another process has the lock. The lock ends with its process, however that one ends."""
     if fcntl is None:
         yield
         return
@@ -176,6 +176,7 @@ def flat(manifest: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def packed_manifest(path: Path) -> dict[str, Any]:
+    """The manifest in an .npz; ValueError for an .npz without one, and for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return json.loads(archive.read("manifest.json"))
@@ -184,7 +185,10 @@ def packed_manifest(path: Path) -> dict[str, Any]:
 
 
 def fill(images: ImageSet, draw: Callable[[range], np.ndarray]) -> int:
-    """Draw (seeds -> uint8 [B, H, W, C]) and write what is missing of this process's share; how many it drew."""
+    """Draw what is missing of this process's share, and write it; the number of images drawn.
+
+    draw: seeds -> uint8 [B, H, W, C]. Raises ValueError as `claimed` does.
+    """
     rank, world = rank_and_world()
     with images.claimed() if rank == 0 else nullcontext():
         meet()

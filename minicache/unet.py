@@ -1,8 +1,6 @@
-"""The U-Net of DDPM (Ho et al. 2020), with a context as in latent diffusion (Rombach et al. 2022), and with the two
-forward passes of DeepCache (Ma et al. 2023).
-
-Read from leaf to root: time embedding -> attention -> ResBlock -> the blocks of D and U -> UNetConfig -> UNet.
-Shapes: B images, C channels, H x W pixels, N = H W tokens, K tokens of context.
+"""The U-Net of DDPM (Ho et al. 2020), with the context of latent diffusion (Rombach et al. 2022), and the two forward
+passes of DeepCache (Ma et al. 2023). Read from leaf to root: time embedding -> attention -> ResBlock -> the blocks of
+D and U -> UNetConfig -> UNet. Shapes: B images, C channels, H x W pixels, N = H W pixels in a row, K tokens of context.
 """
 
 from __future__ import annotations
@@ -69,10 +67,8 @@ class SelfAttention(Attention):
 
 
 class Transformer(nn.Module):
-    """Latent diffusion's attention: of the pixels to each other, then to the context, then a gated MLP (GEGLU).
-
-    Each has a residual connection, and there is one around all of it. h [B, C, H, W], context [B, K, context_dim].
-    """
+    """Latent diffusion's attention: of the pixels to each other, then to the context [B, K, context_dim], then a gated
+    MLP (GEGLU). Each has a residual connection, and there is one around all of it. h [B, C, H, W]."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
@@ -97,10 +93,8 @@ class Transformer(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """h [B, c_in, H, W], temb [B or 1, 4 * model_channels] -> [B, c_out, H, W].
-
-    Ends in attention where asked to: in a Transformer where the network takes a context, else in SelfAttention.
-    """
+    """h [B, c_in, H, W], temb [B or 1, 4 * model_channels] -> [B, c_out, H, W]. Ends in attention where asked to: in a
+    Transformer where the network takes a context, else in SelfAttention."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig, attention: bool):
         super().__init__()
@@ -136,24 +130,18 @@ class Downsample(nn.Conv2d):
         return super().forward(F.pad(h, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Conv2d):
-    """Twice the resolution: nearest neighbour, then a convolution."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return super().forward(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-
-
 class UpBlock(nn.Module):
-    """U_i: joins the feature from below with the skip of D_i; ends in an Upsample where D_i is a Downsample."""
+    """U_i: joins the feature from below with the skip of D_i; doubles the resolution where D_i is a Downsample."""
 
     def __init__(self, c_below: int, c_skip: int, c_out: int, config: UNetConfig, attention: bool, up: bool):
         super().__init__()
         self.c_below = c_below
         self.block = ResBlock(c_below + c_skip, c_out, config, attention)
-        self.upsample = Upsample(c_out, c_out, 3, padding=1) if up else nn.Identity()
+        self.upsample = nn.Conv2d(c_out, c_out, 3, padding=1) if up else None
 
     def forward(self, h: Tensor, skip: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
-        return self.upsample(self.block(torch.cat([h, skip], dim=1), temb, context))
+        h = self.block(torch.cat([h, skip], dim=1), temb, context)
+        return self.upsample(F.interpolate(h, scale_factor=2.0, mode="nearest")) if self.upsample else h
 
 
 @dataclass(frozen=True)
@@ -178,18 +166,16 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("channel_mult", "attention_resolutions"):  # lists from JSON become tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        optional = [name for name in ("context_dim", "num_tokens") if getattr(self, name) is not None]
-        for name in ("image_size", "model_channels", "num_res_blocks", "in_channels", "groups", "heads", *optional):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive whole number")
-        if not self.channel_mult or any(type(mult) is not int or mult < 1 for mult in self.channel_mult):
-            raise ValueError(f"channel_mult={self.channel_mult!r} must be positive whole numbers")
+        sizes = (self.image_size, self.model_channels, self.num_res_blocks, self.in_channels, self.groups, self.heads,
+                 *(self.channel_mult or [0]), self.context_dim or 1, self.num_tokens or 1)  # fmt: skip
+        if any(type(size) is not int or size < 1 for size in sizes):
+            raise ValueError(f"sizes, groups and heads must be positive whole numbers: {self}")
         sides = [self.image_size / 2**level for level in range(len(self.channel_mult))]
         for fine, rule in (
             (self.model_channels % self.groups == 0, "model_channels must be a multiple of groups"),
             (self.model_channels % self.heads == 0, "model_channels must be a multiple of heads"),
             (self.model_channels % 2 == 0 and self.model_channels > 2, "model_channels must be even, and at least 4"),
-            (sides[-1] % 1 == 0, "image_size must be a multiple of 2 for every level but the first"),
+            (sides[-1] % 1 == 0, "image_size must be even at every level but the last"),
             (set(self.attention_resolutions) <= set(sides), "attention_resolutions must be sides of levels"),
             (self.out_channels == self.in_channels, "out_channels must equal in_channels"),
             (0 <= self.dropout < 1, "dropout must be in [0, 1)"),
@@ -212,10 +198,9 @@ class UNet(nn.Module):
     DeepCache (its own numbering, Table 12) keeps the b outermost pairs alive, D[:b] and U[:b]; `cached_U`, the output
     of U[b] (of M, if b == len(D)), stands in for all that lies deeper. The network keeps no state between calls.
 
-    x: [B, in_channels, H, W] in [-1, 1] plus noise, H and W multiples of 2**(levels - 1). t: the timestep, 0..999 and
-    anything between, a number or a tensor of one element (one row of temb for the whole batch) or of B. context: ids
-    [B, K] of the table, or tokens [B, K, context_dim]; None is the null context. Computes in the weights' dtype; eps
-    has the shape and dtype of x.
+    x: [B, in_channels, H, W] in [-1, 1] plus noise, H and W multiples of 2**(levels - 1). t: 0 to 999, whole or not, a
+    number or a tensor of one element (one row of temb for all) or of B. context: ids [B, K], or tokens [B, K,
+    context_dim]; None says nothing. Computes in the weights' dtype; eps has the shape and dtype of x.
     """
 
     def __init__(self, config: UNetConfig):
@@ -259,7 +244,7 @@ class UNet(nn.Module):
         self, x: Tensor, t: float | Tensor, branch: int = 3, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The whole network: (eps, cached_U), cached_U [B, *cached_shape(branch, H, W)]."""
-        h, temb, context = self.begin(x, t, branch, context)
+        h, temb, context = self._begin(x, t, branch, context)
         skips = []
         for D_i in self.D:
             h = D_i(h, temb, context)
@@ -271,13 +256,13 @@ class UNet(nn.Module):
         cached_U = h
         for U_i in reversed(self.U[:branch]):
             h = U_i(h, skips.pop(), temb, context)
-        return self.end(h, x), cached_U
+        return self._end(h, x), cached_U
 
     def forward_partial(
         self, x: Tensor, t: float | Tensor, cached_U: Tensor, branch: int = 3, context: Tensor | None = None
     ) -> Tensor:
         """Only the `branch` outermost pairs, around cached_U from a full pass at an earlier, noisier step: eps."""
-        h, temb, context = self.begin(x, t, branch, context, cached_U)
+        h, temb, context = self._begin(x, t, branch, context, cached_U)
         skips = []
         for D_i in self.D[:branch]:
             h = D_i(h, temb, context)
@@ -285,11 +270,9 @@ class UNet(nn.Module):
         h = cached_U
         for U_i in reversed(self.U[:branch]):
             h = U_i(h, skips.pop(), temb, context)
-        return self.end(h, x)
+        return self._end(h, x)
 
-    def begin(
-        self, x: Tensor, t: float | Tensor, branch: int, context: Tensor | None, cached_U: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _begin(self, x, t, branch, context, cached_U=None):
         """x in the weights' dtype, temb and the context; or a ValueError that says which argument is wrong."""
         C, multiple, B = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1), x.shape[0]
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % multiple or x.shape[3] % multiple:
@@ -302,25 +285,23 @@ class UNet(nn.Module):
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         if t.shape[0] not in (1, B):
             raise ValueError(f"t has {t.shape[0]} elements; need 1, or one for each of the {B} images")
-        temb, context = self.time(t), self.look_up(context, x)
+        temb, context = self.time(t), self._look_up(context, B, x.device)
         if self.config.pooled_context:
             temb = temb + self.pooled(context.sum(1))
         return x.to(self.conv_out.weight.dtype), F.silu(temb), context  # every ResBlock begins with SiLU(temb)
 
-    def look_up(self, context: Tensor | None, x: Tensor) -> Tensor | None:
-        """The context as tokens [B, K, context_dim]; None where the network is unconditional."""
-        width, ids = self.config.context_dim, self.config.num_tokens
-        if context is None and ids:
-            context = torch.full((x.shape[0], 1), self.config.null_token, device=x.device)
-        if context is not None and ids and not context.is_floating_point():
+    def _look_up(self, context: Tensor | None, B: int, device: torch.device) -> Tensor | None:
+        """Ids -> tokens [B, K, context_dim]; None -> those of the null context, or None in an unconditional network."""
+        if context is None and self.config.num_tokens:
+            context = torch.full((B, 1), self.config.null_token, device=device)
+        if self.config.num_tokens and not context.is_floating_point():
             context = self.tokens(context)
-        shape = None if context is None else (context.shape[0], context.ndim, context.shape[-1])
-        if shape != (width and (x.shape[0], 3, width)):
-            needed = f"[{x.shape[0]}, K, {width}]{', or ids' if ids else ''}" if width else "none"
-            raise ValueError(f"context is {'none' if context is None else list(context.shape)}; need {needed}")
-        return None if context is None else context.to(self.conv_out.weight.dtype)
+        given, width = None if context is None else list(context.shape), self.config.context_dim
+        if (given and [given[0], len(given), given[-1]]) != (width and [B, 3, width]):
+            raise ValueError(f"context is {given}; need {width and f'[{B}, K, {width}]'}, or ids if there is a table")
+        return context if context is None else context.to(self.conv_out.weight.dtype)
 
-    def end(self, h: Tensor, x: Tensor) -> Tensor:
+    def _end(self, h: Tensor, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
 
     def cached_shape(self, branch: int, height: int, width: int) -> tuple[int, int, int]:

@@ -101,7 +101,7 @@ def relative(a, b) -> float:
 class Recorder(torch.nn.Module):
     """Predicts zero and keeps what it was shown, so that x shows the noise bit for bit."""
 
-    config, diffusion, D = SMALL, None, range(4)
+    config, diffusion, D = SMALL, Diffusion(), range(4)
 
     def __init__(self):
         super().__init__()

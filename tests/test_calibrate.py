@@ -9,9 +9,9 @@ import torch
 from conftest import random_unet
 from tqdm import tqdm
 
-from minicache import CachePlan, Diffusion, Recipe, denoise, full, load, uniform
+from minicache import CachePlan, Diffusion, Recipe, denoise, load, uncached, uniform
 from minicache.convert import save
-from minicache.cost import full_passes, macs, seconds_of
+from minicache.cost import full_passes, macs, pass_seconds
 from minicache.plan import from_refreshes
 from minicache.samplers import timesteps
 from minicache.tools import calibrate
@@ -57,7 +57,7 @@ def test_fitted_alphas_are_the_least_squares(calibration):
     assert plan.refresh == recipe.plan.refresh and plan.forecasts
     Y = [
         step.cached_U
-        for step in denoise(calibration.benchmark.unet, calibration.seeds, sampler="dpm++2m", plan=full(10, 2))
+        for step in denoise(calibration.benchmark.unet, calibration.seeds, sampler="dpm++2m", plan=uncached(10, 2))
     ]
 
     def error(i: int, alpha: float) -> float:
@@ -76,7 +76,7 @@ def test_gauss_newton_lowers_the_error_of_the_image(calibration):
     assert better.error < 0.95 * recipe.error
     assert calibration.score(better).error == pytest.approx(better.error, rel=1e-4)
     assert better.plan.refresh == recipe.plan.refresh
-    nothing_to_fit = calibration.score(replace(recipe, plan=full(5)))
+    nothing_to_fit = calibration.score(replace(recipe, plan=uncached(5)))
     assert gauss_newton(calibration, nothing_to_fit, tqdm(disable=True)) == nothing_to_fit
 
 
@@ -129,7 +129,7 @@ def test_interrupted_before_the_check_it_keeps_what_was_found(net, tmp_path, mon
 def test_budgets_in_other_units(net, tmp_path, monkeypatch, unit):
     for seeds in ("CALIBRATION", "CHECK", "HELD_OUT"):
         monkeypatch.setattr(calibrate, seeds, range(2))
-    full_pass = seconds_of(load(net)) if unit == "seconds" else macs(load(net)) / 1e9
+    full_pass = pass_seconds(load(net)) if unit == "seconds" else macs(load(net)) / 1e9
     flags = ["--ckpt", str(net), "--unit", unit, "--sampler", "plms", "--out", str(tmp_path / "r.json")]
     calibrate.main(calibrate.parse([*flags, "--budget", str(4 * full_pass)]))
     steps = full_passes(load(net), Recipe.load(tmp_path / "r.json").plan)
@@ -141,7 +141,7 @@ def test_budgets_in_other_units(net, tmp_path, monkeypatch, unit):
 def test_a_plan_that_is_worse_than_fewer_steps_is_not_returned(calibration):
     """Where the search was misled by its few seeds."""
     good, bad = (Recipe(plan, "ddim", "trailing", fingerprint=calibration.benchmark.fingerprint)
-                 for plan in (full(8), CachePlan(20, 1, (0,))))  # fmt: skip
+                 for plan in (uncached(8), CachePlan(20, 1, (0,))))  # fmt: skip
     found = calibrate.checked(calibration, replace(bad, error=0.0), [replace(good, error=1.0)])
     assert found.plan == good.plan and found.error == pytest.approx(calibration.errors(good).mean().item())
 
@@ -204,7 +204,7 @@ def test_shipped_recipes_fit_the_shipped_weights():
 
 
 def test_recipes_for_noised_images_are_no_recipes_for_noise(net, tmp_path):
-    Recipe(CachePlan(4, 1, (0,)), start=10).save(tmp_path / "r.json")
+    Recipe(CachePlan(4, 1, (0,)), spacing="trailing", start=10).save(tmp_path / "r.json")
     with pytest.raises(ValueError, match="noised to t = 9,"):
         sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "r.json")]))
     with pytest.raises(ValueError, match="start"):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minicache import CIFAR10, LSUN_256, CachePlan, UNet, UNetConfig, full, uniform
-from minicache.cost import cache_bytes, cost, macs, plan_macs, weight_bytes
+from minicache import CIFAR10, LSUN_256, CachePlan, UNet, UNetConfig, uncached, uniform
+from minicache.cost import cache_bytes, macs, pass_cost, plan_macs, weight_bytes
 from minicache.tools.cost import main, parse
 
 
@@ -50,18 +50,20 @@ def test_256_networks():
 def test_attention_is_reported_apart(cifar10):
     """Six blocks of 256 pixels and 256 channels, and one of 16 pixels; two products each."""
     expected = 2 * 256 * (5 * 256**2 + 16**2)
-    assert cost(cifar10).attention_macs == expected
-    assert cost(cifar10, 3).attention_macs == 0
+    assert pass_cost(cifar10).attention_macs == expected
+    assert pass_cost(cifar10, 3).attention_macs == 0
 
 
 def test_macs_by_hand():
-    unet = meta(UNetConfig(image_size=8, model_channels=32, channel_mult=(1,), num_res_blocks=1))
+    unet = meta(
+        UNetConfig(image_size=8, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=())
+    )
     block = lambda c_in: 64 * (9 * 32 * (c_in + 32) + (c_in != 32) * c_in * 32) + 128 * 32  # noqa: E731
     attention = 4 * 64 * 32 * 32
     ends = 64 * 9 * 3 * 32 * 2 + 32 * 128 + 128 * 128
     assert macs(unet) == ends + block(32) + 2 * block(32) + attention + 2 * block(64)
     assert macs(unet, 1) == ends + block(64)
-    assert cost(unet).attention_macs == 2 * 64 * 64 * 32
+    assert pass_cost(unet).attention_macs == 2 * 64 * 64 * 32
 
 
 def test_cost_of_every_branch_grows(cifar10):
@@ -73,11 +75,14 @@ def test_bytes(cifar10):
     assert weight_bytes(cifar10) == 4 * 35_746_307
     assert cache_bytes(cifar10, uniform(100, 5)) == 4 * 256 * 32 * 32
     assert cache_bytes(cifar10, uniform(100, 5, forecast="linear")) == 2 * 4 * 256 * 32 * 32
-    assert cache_bytes(cifar10, full(100)) == 0
+    assert cache_bytes(cifar10, uncached(100)) == 0
     _, cached_U = cifar10.forward_full(torch.empty(1, 3, 32, 32, device="meta"), torch.zeros(1, device="meta"), 5)
     assert cache_bytes(cifar10, CachePlan(2, 5, (0,))) == cached_U.nbytes
     skips = 4 * 1024 * 128 * 3  # what a full pass must hold at level 0 when it is deepest
-    assert skips < cost(cifar10).peak_bytes < 10 * skips and cost(cifar10, 1).peak_bytes < cost(cifar10, 3).peak_bytes
+    assert (
+        skips < pass_cost(cifar10).peak_bytes < 10 * skips
+        and pass_cost(cifar10, 1).peak_bytes < pass_cost(cifar10, 3).peak_bytes
+    )
 
 
 def test_command(capsys):

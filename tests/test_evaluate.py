@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, noise, random_unet
 
-from minicache import CachePlan, Diffusion, Recipe, full, sample
+from minicache import CachePlan, Diffusion, Recipe, sample, uncached
 from minicache.convert import save
 from minicache.cost import macs
 from minicache.data import shapes
@@ -81,16 +81,15 @@ def test_protocol(unet):
 
 def test_methods_are_those_of_the_paper_and_more(unet):
     found = evaluate.methods(evaluate.parse([]), Benchmark(unet, ""), [])
-    assert found["deepcache-n5-b3"][0].plan.refresh == tuple(range(0, 100, 5)) and found["ddim-100"][0].plan == full(
-        100
-    )
+    assert found["deepcache-n5-b3"][0].plan.refresh == tuple(range(0, 100, 5))
+    assert found["ddim-100"][0].plan == uncached(100)
     assert {recipe.spacing for recipe in found["plms-20"]} == {"uniform", "quad", "trailing", "linspace"}
     assert all("/" not in name for name in found) and list(found)[-1] == FLOOR
     ancestral = evaluate.methods(evaluate.parse(["--ancestral", "250"]), Benchmark(unet, ""), [])
     assert {(recipe.sampler, recipe.plan.steps) for recipes in ancestral.values() for recipe in recipes} == {
         ("ddpm", 250)
     }
-    mine = [Recipe(full(250), "ddpm"), Recipe(full(50), "ddpm"), Recipe(full(20), "plms")]
+    mine = [Recipe(uncached(250), "ddpm"), Recipe(uncached(50), "ddpm"), Recipe(uncached(20), "plms")]
     for flags, name in (([], "calibrated-20"), (["--ancestral", "250"], "calibrated-250")):
         found = evaluate.methods(evaluate.parse(flags), Benchmark(unet, ""), mine)
         assert [each for each in found if each.startswith("calibrated")] == [name]
@@ -98,10 +97,10 @@ def test_methods_are_those_of_the_paper_and_more(unet):
 
 def test_the_clock_knows_every_branch_and_times_it_once(unet, monkeypatch):
     timed = []
-    monkeypatch.setattr(evaluate, "seconds_of", lambda unet, branch=None: timed.append(branch) or (branch or 10.0))
+    monkeypatch.setattr(evaluate, "pass_seconds", lambda unet, branch=None: timed.append(branch) or (branch or 10.0))
     seconds = clock(unet)
     assert [seconds(CachePlan(5, branch, (0, 4))) for branch in (1, 4, 1)] == [23.0, 32.0, 23.0]
-    assert seconds(full(3)) == 30.0 and timed == [None, 1, 4]
+    assert seconds(uncached(3)) == 30.0 and timed == [None, 1, 4]
 
 
 def test_table_of_errors(net, tmp_path, few, capsys):
@@ -119,7 +118,7 @@ def test_table_of_errors(net, tmp_path, few, capsys):
         FLOOR,
     ]
     unet = evaluate.load(net)
-    reference = sample(unet, range(2), sampler="dpm++2m", spacing="trailing", plan=full(20))
+    reference = sample(unet, range(2), sampler="dpm++2m", spacing="trailing", plan=uncached(20))
     spacings = [relative_l2(sample(unet, range(2), sampler="plms", spacing=spacing, steps=5), reference)
                 for spacing in ("uniform", "quad", "trailing", "linspace")]  # fmt: skip
     best = min(spacings, key=lambda errors: errors.mean())
@@ -204,7 +203,7 @@ def test_from_noised_images(net, tmp_path, few):
         (["--ancestral", "0"], "--ancestral 0"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--start", "10"], "go together"),
-        (["--data", "shapes", "--start", "10", "--spacing", "quad"], "--spacing quad does not begin at t = 9"),
+        (["--data", "shapes", "--start", "10", "--spacing", "quad"], "spacing=.quad. does not begin at start - 1"),
         (["--budgets", "5", "50"], "steps=50 is not in 1..20"),
     ],
 )

@@ -31,6 +31,15 @@ def test_a_picture_becomes_a_tensor_and_the_same_picture_again():
     assert torch.equal(to_tensor(torch.from_numpy(images)), x)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_no_picture(value, dtype):
+    x = torch.zeros(2, 3, 4, 4, dtype=dtype)
+    x[1, 2, 3, 3] = value
+    with pytest.raises(ValueError, match="the pictures hold NaN or infinity; a wider --dtype may help"):
+        to_uint8(x)
+
+
 def test_grid_places_every_image():
     images = np.stack([np.full((4, 4, 3), k, np.uint8) for k in range(5)])
     sheet = grid(images)

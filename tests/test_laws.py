@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import Recorder, noise, random_unet
 
-from minicache import CachePlan, denoise, full, nonuniform, sample, uniform
+from minicache import CachePlan, denoise, nonuniform, sample, uncached, uniform
 from minicache.cost import macs, plan_macs
 from minicache.samplers import SAMPLERS
 
@@ -56,7 +56,7 @@ def test_partial_step_runs_no_block_beyond_its_branch(branch):
 def test_plan_costs_what_its_passes_cost(unet):
     plan = nonuniform(10, 3, 4, 1.4, branch=2)
     assert plan_macs(unet, plan) == 4 * macs(unet) + 6 * macs(unet, 2)
-    assert plan_macs(unet, full(10)) == 10 * macs(unet)
+    assert plan_macs(unet, uncached(10)) == 10 * macs(unet)
 
 
 @pytest.mark.parametrize("steps, interval", [(1, 1), (7, 3), (9, 3), (10, 4), (5, 99)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import noise
 
-from minicache import denoise, full, metrics, sample
+from minicache import denoise, metrics, uncached
 from minicache.metrics import cosine_similarity, fid, frechet_distance, moments, psnr, read_samples, relative_l2
 from minicache.shards import ImageSet, fill
 from minicache.tools.fid import main, parse
@@ -46,7 +46,7 @@ def test_frechet_distance_of_correlated_features():
 
 
 def test_similarity_of_features(unet):
-    steps = list(denoise(unet, [0, 1], plan=full(5, branch=2)))
+    steps = list(denoise(unet, [0, 1], plan=uncached(5, branch=2)))
     similarity = cosine_similarity(steps)
     assert similarity.shape == (5, 5) and torch.allclose(similarity.diagonal(), torch.ones(5))
     expected = torch.cosine_similarity(steps[1].cached_U.flatten(1), steps[4].cached_U.flatten(1)).mean()
@@ -113,15 +113,3 @@ def test_fid_is_the_frechet_distance_of_inceptions_features(tmp_path, capsys, in
     main(parse([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]))
     assert f"FID {expected:.3f} (90 images against 90)" in capsys.readouterr().out
     assert inception == [64, 26, 64, 26]
-
-
-def test_start(unet):
-    x = noise(2, 3, 16, 16)
-    seen = [step.t for step in denoise(unet, x_T=x, start=700, steps=7, spacing="trailing")]
-    assert seen == [699, 599, 499, 399, 299, 199, 99]
-    assert torch.equal(sample(unet, x_T=x, start=1000, steps=4), sample(unet, x_T=x, steps=4))
-    for start in (0, 1001):
-        with pytest.raises(ValueError, match=f"start={start}"):
-            denoise(unet, x_T=x, start=start)
-    with pytest.raises(ValueError, match="needs x_T"):
-        denoise(unet, [0], start=700)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from minicache import CachePlan, Recipe, full, nonuniform, uniform
+from minicache import CachePlan, Recipe, nonuniform, uncached, uniform
 
 
 def test_nonuniform_golden_lists():
@@ -63,7 +63,9 @@ def test_wrong_plans_are_refused(make, words):
 
 def test_plan_is_a_value():
     assert uniform(10, 5) == CachePlan(10, 3, (0, 5)) and hash(uniform(10, 5)) == hash(CachePlan(10, 3, [0, 5]))
-    assert full(3).refresh == (0, 1, 2) and not full(3).forecasts and uniform(10, 3, forecast="linear").forecasts
+    assert (
+        uncached(3).refresh == (0, 1, 2) and not uncached(3).forecasts and uniform(10, 3, forecast="linear").forecasts
+    )
 
 
 def test_recipe_round_trip(tmp_path):

@@ -11,9 +11,10 @@ from conftest import ROOT, random_unet
 from PIL import Image
 
 from minicache import Recipe, load, nonuniform, uniform
-from minicache.convert import save
+from minicache.convert import fingerprint, save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
+from minicache.recipe import nearest_recipe
 from minicache.samplers import sample as sample_images
 from minicache.tools import run
 from sample import main, parse, recipe_within
@@ -79,7 +80,10 @@ def test_compare_shows_uncached_on_the_left(net, tmp_path, capsys, ending):
 
 def test_compare_at_interval_one_is_the_same_picture(net, tmp_path, capsys):
     draw(net, "--compare", "--interval", "1", "--out", tmp_path / "x.png")
-    assert "PSNR to uncached inf dB, inf for the worst picture" in capsys.readouterr().out
+    assert (
+        "PSNR of each picture to its uncached one: median inf dB, worst inf dB; largest difference 0 of 255"
+        in capsys.readouterr().out
+    )
 
 
 def test_gif_keeps_to_the_batch_size(net, tmp_path):
@@ -123,10 +127,16 @@ def test_every_flag_does_what_it_says(net, tmp_path, flags, settings):
 def test_budget_takes_the_nearest_plan_unless_it_costs_much_more():
     unet = load("tiny")
     for budget, nearest in ((9, 10), (21, 20), (1e9, 50)):
-        plan = recipe_within(parse(["--budget", str(budget)]), unet).plan
+        plan = recipe_within(parse(["--budget", str(budget)]), unet, fingerprint(unet)).plan
         assert 0.8 * nearest <= full_passes(unet, plan) <= nearest
     with pytest.raises(ValueError, match=r"the cheapest plan .* costs 10.0 full passes: make one with .* --budget 5 "):
-        recipe_within(parse(["--budget", "5"]), unet)
+        recipe_within(parse(["--budget", "5"]), unet, fingerprint(unet))
+
+
+def test_a_plan_nearer_to_the_budget_but_much_over_it_is_passed_over():
+    cheap, dear = (Recipe(uniform(30, interval)) for interval in (30, 2))
+    assert nearest_recipe([cheap, dear], 10, cost=lambda plan: len(plan.refresh)) == cheap
+    assert nearest_recipe([cheap, dear], 13, cost=lambda plan: len(plan.refresh)) == dear
 
 
 def test_pictures_that_are_not_finite_are_refused(net, tmp_path, monkeypatch):
@@ -136,7 +146,7 @@ def test_pictures_that_are_not_finite_are_refused(net, tmp_path, monkeypatch):
 
 
 def test_recipe(net, tmp_path, capsys):
-    recipe = Recipe(uniform(5, 2, 2, "linear"), "dpm++2m", "trailing", fingerprint=load(net).fingerprint)
+    recipe = Recipe(uniform(5, 2, 2, "linear"), "dpm++2m", "trailing", fingerprint=fingerprint(load(net)))
     recipe.save(tmp_path / "r.json")
     flags = ["--ckpt", str(net), "--num", "2", "--plan", str(tmp_path / "r.json"), "--out", str(tmp_path / "x.npz")]
     main(parse([*flags, "--steps", "5", "--sampler", "dpm++2m"]))

@@ -9,7 +9,16 @@ import torch
 from conftest import SMALL, Recorder, noise, random_unet, relative
 
 from minicache import CachePlan, Diffusion, denoise, sample, uniform
-from minicache.samplers import SAMPLERS, adams_bashforth, ddim_step, ddpm_step, dpmpp_2m_step, timesteps
+from minicache.samplers import (
+    SAMPLERS,
+    Point,
+    adams_bashforth,
+    ddim_step,
+    ddpm_step,
+    dpmpp_2m_step,
+    predict_x0,
+    timesteps,
+)
 
 ALPHAS_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
@@ -54,7 +63,7 @@ def test_ddim_step(t, t_next, eta):
     x0, eps, z = (noise(2, 3, 4, 4, seed=k) for k in range(3))
     sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
     expected = np.sqrt(b) * x0.numpy() + np.sqrt(1 - b - sigma**2) * eps.numpy() + sigma * z.numpy()
-    np.testing.assert_allclose(ddim_step(x0, eps, a, b, eta, z).numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ddim_step(Point(a, x0, eps, x0), (), b, eta, z).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("t, t_next", [(999, 998), (500, 480), (20, 0), (0, -1)])
@@ -66,7 +75,9 @@ def test_ddpm_step(t, t_next, variance):
     mean = np.sqrt(b) * beta / (1 - a) * x0.numpy() + np.sqrt(a / b) * (1 - b) / (1 - a) * x.numpy()
     var = {"fixed_large": beta, "fixed_small": beta * (1 - b) / (1 - a)}[variance] * (t_next >= 0)
     expected = mean + np.sqrt(var) * z.numpy()
-    np.testing.assert_allclose(ddpm_step(x, x0, a, b, variance, z).numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        ddpm_step(Point(a, x, x, x0), (), b, variance, z).numpy(), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_dpmpp_2m_is_exact_where_x0_is_constant_or_linear_in_lambda():
@@ -82,18 +93,23 @@ def test_dpmpp_2m_is_exact_where_x0_is_constant_or_linear_in_lambda():
         return math.sqrt((1 - b) / (1 - a)) * x.item() + math.sqrt(1 - b) * integral
 
     constant = torch.tensor([0.4], dtype=torch.float64)
-    for past in (None, (a_last, constant)):
-        got = dpmpp_2m_step(x, constant, a, b, past).item()
+
+    def point(a, x0):
+        return Point(a, x, x, x0)
+
+    for past in ([], [point(a_last, constant)]):
+        got = dpmpp_2m_step(point(a, constant), past, b).item()
         assert got == pytest.approx(exact(lambda grid: 0.4 + 0 * grid), abs=1e-9)
 
     def line(value):
         return 0.4 + 0.2 * (value - lam(a))
 
-    past = (a_last, torch.tensor([line(lam(a_last))], dtype=torch.float64))
-    second_order = dpmpp_2m_step(x, constant, a, b, past).item()
-    middle = dpmpp_2m_step(x, torch.tensor([line((lam(a) + lam(b)) / 2)], dtype=torch.float64), a, b, None).item()
+    past = [point(a_last, torch.tensor([line(lam(a_last))], dtype=torch.float64))]
+    second_order = dpmpp_2m_step(point(a, constant), past, b).item()
+    middle = torch.tensor([line((lam(a) + lam(b)) / 2)], dtype=torch.float64)
+    middle = dpmpp_2m_step(point(a, middle), [], b).item()
     assert second_order == pytest.approx(middle, abs=1e-12)  # a line, held at its middle
-    assert torch.equal(dpmpp_2m_step(x, constant, a, 1.0, past), constant)
+    assert torch.equal(dpmpp_2m_step(point(a, constant), past, 1.0), constant)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
@@ -101,7 +117,7 @@ def test_adams_bashforth_integrates_polynomials_of_its_order(order):
     def f(time):
         return torch.tensor([time**order], dtype=torch.float64)
 
-    got = adams_bashforth(f(0.0), [f(-1.0), f(-2.0), f(-3.0)][:order]).item()
+    got = adams_bashforth([f(0.0), f(-1.0), f(-2.0), f(-3.0)][: order + 1]).item()
     assert got == pytest.approx(1 / (order + 1))
 
 
@@ -136,19 +152,20 @@ def test_samplers_land_on_the_image_that_a_perfect_network_sees(unet, sampler):
     """A network that always knows eps exactly makes every sampler return that image."""
 
     class Oracle(type(unet)):
-        def forward_full(self, x, t, branch=3):
+        def forward_full(self, x, t, branch=3, context=None):
             a = torch.tensor(ALPHAS_BAR[t.item()])
             return ((x - a.sqrt() * image) / (1 - a).sqrt()).float(), x
 
     image = noise(1, 3, 16, 16, seed=5).clamp(-1, 1)
     oracle = Oracle(unet.config)
+    oracle.diffusion = Diffusion()
     assert torch.allclose(sample(oracle, [0], sampler=sampler, steps=10), image, atol=2e-3)
 
 
 class Wave(Recorder):
     """eps = sin(t) x: it changes from step to step, as the multistep samplers must notice."""
 
-    def forward_full(self, x, t, branch):
+    def forward_full(self, x, t, branch, context=None):
         return x * math.sin(t.item()), x
 
 
@@ -180,7 +197,7 @@ def reference(sampler: str, x: np.ndarray, ts: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("sampler", ["plms", "dpm++2m"])
 def test_multistep_loops(sampler):
     x_T = noise(1, 3, 16, 16, seed=2)
-    got = sample(Wave(), x_T=x_T, sampler=sampler, steps=12)
+    got = sample(Wave(), x_T=x_T, sampler=sampler, steps=12, spacing="uniform")
     expected = reference(sampler, x_T.double().numpy(), timesteps(12))
     assert relative(got, expected) < 1e-5
     assert relative(sample(Wave(), x_T=x_T, steps=12), expected) > 1e-2  # and not DDIM
@@ -231,6 +248,18 @@ def test_steps_tell_what_happened(unet):
     "settings, words",
     [
         ({"sampler": "euler"}, "sampler='euler'"),
+        ({"variance": "fixed_small"}, "variance='fixed_small' means nothing to sampler='ddim'"),
+        ({"eta": 0.5, "sampler": "ddpm"}, "eta=0.5 means nothing to sampler='ddpm'"),
+        ({"eta": float("nan")}, "eta=nan"),
+        ({"guidance": -1.0}, "guidance=-1.0"),
+        ({"guidance": float("inf")}, "guidance=inf"),
+        ({"guidance": 2.0}, "guidance=2.0 and a negative context need a context"),
+        ({"context": torch.zeros(1, 4, 8)}, "need None"),
+        ({"context": torch.zeros(3, 4, 8)}, "a row for each of the 1 images"),
+        ({"start": 700, "spacing": "trailing"}, "start=700 needs x_T"),
+        ({"start": -3, "x_T": noise(1, 3, 16, 16)}, "start=-3"),
+        ({"start": 700, "x_T": noise(1, 3, 16, 16), "steps": 10}, "does not begin at start - 1"),
+        ({"start": 700, "x_T": noise(1, 3, 16, 16), "steps": 10, "spacing": "quad"}, "does not begin at start - 1"),
         ({"spacing": "cubic"}, "spacing='cubic'"),
         ({"eta": -1.0}, "eta=-1.0"),
         ({"eta": 0.5, "sampler": "dpm++2m"}, "eta=0.5"),
@@ -252,3 +281,37 @@ def test_steps_tell_what_happened(unet):
 def test_wrong_use_is_refused(unet, settings, words):
     with pytest.raises(ValueError, match=words):
         sample(unet, **{"seeds": [0], **settings})
+
+
+def test_each_sampler_has_its_own_spacing_and_clipping(unet):
+    first = {name: next(iter(denoise(unet, [0], sampler=name, steps=10))).t for name in SAMPLERS}
+    assert first == {"ddim": 900, "ddpm": 900, "dpm++2m": 999, "plms": 999}
+    assert torch.equal(
+        sample(unet, [0], sampler="dpm++2m", steps=5), sample(unet, [0], sampler="dpm++2m", steps=5, spacing="trailing")
+    )
+    assert {name for name, sampler in SAMPLERS.items() if sampler.clip_x0} == {"ddpm"}
+
+
+def test_a_network_that_does_not_say_how_it_was_trained_is_refused():
+    unet = random_unet()
+    unet.diffusion = None
+    with pytest.raises(ValueError, match="does not say how it was trained"):
+        sample(unet, [0], steps=2)
+
+
+def test_noised_images_begin_where_their_noise_is(unet):
+    """With start = 700 the network is asked about t = 699 first."""
+    x_T = noise(1, 3, 16, 16)
+    steps = list(denoise(unet, x_T=x_T, start=700, steps=7, spacing="trailing"))
+    assert [step.t for step in steps] == [699, 599, 499, 399, 299, 199, 99]
+
+
+def test_clipping_with_plms_clips_the_image_that_it_steps_to(unet):
+    assert sample(unet, [0], sampler="plms", steps=6, clip_x0=True).abs().max() <= 1
+
+
+def test_predict_x0_solves_eq_4():
+    x0, eps = noise(1, 3, 4, 4), noise(1, 3, 4, 4, seed=1)
+    x = math.sqrt(0.3) * x0 + math.sqrt(0.7) * eps
+    assert torch.allclose(predict_x0(x, eps, 0.3), x0, atol=1e-5)
+    assert torch.equal(predict_x0(x, eps, 0.3, clip=True), predict_x0(x, eps, 0.3).clamp(-1, 1))

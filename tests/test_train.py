@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from conftest import random_unet
 from PIL import Image
 
 import train_tiny
-from minicache import load, sample
+from minicache import Diffusion, load, sample
 from minicache.convert import save
-from train_tiny import batch, main, parse
+from train_tiny import Settings, batch, main, parse
 
 QUICK = {
     "image_size": 16,
@@ -103,15 +104,16 @@ def test_what_is_refused(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_flags_are_the_parameters_of_main():
-    import inspect
-
-    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
-    assert vars(parse([])) == defaults
+def test_flags_are_the_settings(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert vars(parse([])) == asdict(Settings())
     assert parse(["--channel-mult", "1,2", "--resume"]).channel_mult == (1, 2)
     with pytest.raises(SystemExit) as error:
         parse(["--channel-mult", "1,x"])
     assert error.value.code == 2
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "peak learning rate; it decays to 0 along a cosine (default: 0.001)" in capsys.readouterr().out
 
 
 def test_preview_draws_both_samplers(tmp_path):
@@ -147,8 +149,34 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     assert last.read_bytes() == before
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """The step that spoils them is also the one that is saved, and its own loss does not tell yet."""
+    last = main(out=str(tmp_path), **{**QUICK, "steps": 2})
+    before = last.read_bytes()
+    with pytest.raises(ValueError, match=r"the loss of step 3 is .*last.pt is as it was"):
+        main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 3, "lr": 1e300})
+    assert last.read_bytes() == before
+
+    def with_nan_gradients(diffusion, unet, x0, t, eps):
+        return loss(diffusion, unet, x0, t, eps) + (0 * unet.conv_out.bias.sum()).sqrt()  # adds 0, with slope 0 * inf
+
+    loss = Diffusion.loss
+    monkeypatch.setattr(Diffusion, "loss", with_nan_gradients)
+    with pytest.raises(ValueError, match=r"the loss of step 3 is .*last.pt is as it was"):
+        main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 3})
+    assert last.read_bytes() == before
+
+
 def test_init_begins_with_given_weights(tmp_path):
     first = main(out=str(tmp_path / "a"), **QUICK)
     second = main(out=str(tmp_path / "b"), init=str(first), **{**QUICK, "image_size": 32, "steps": 1, "lr": 1e-12})
     a, b = weights(first), weights(second)
     assert load(second).config.image_size == 16 and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def test_beta_end_changes_nothing_else_of_the_given_schedule(tmp_path):
+    unet = random_unet()
+    unet.diffusion = Diffusion(num_timesteps=40, beta_end=0.1, variance="fixed_small")
+    save(tmp_path / "net.pt", unet)
+    last = main(out=str(tmp_path), init=str(tmp_path / "net.pt"), **{**QUICK, "steps": 1, "beta_end": 0.2})
+    assert load(last).diffusion == Diffusion(num_timesteps=40, beta_end=0.2, variance="fixed_small")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -42,3 +44,23 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
             said = f"{error.filename}: {error.strerror}"
         print(f"{name}: {said}", file=sys.stderr)
         sys.exit(2)
+
+
+def prepare_out(out: Path, endings: tuple[str, ...]) -> None:
+    """Make the folder of --out, or --out itself where it has no ending. ValueError where nothing can be written there.
+
+    To be called before the work, as it would be a pity after it.
+    """
+    is_folder = out.suffix == ""
+    if not out.name:
+        raise ValueError(f"--out {out} needs a name: a file, or a folder of its own for the pictures")
+    if not is_folder and out.suffix not in endings:
+        raise ValueError(f"--out {out}: the ending must be {', '.join(endings)}, or none, for a folder of PNGs")
+    if out.exists() and out.is_dir() != is_folder:
+        raise ValueError(f"--out {out}: there is a {'file' if is_folder else 'folder'} of that name")
+    try:
+        folder = out if is_folder else out.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out {out}: its folder cannot be made or written to ({error.strerror})") from None

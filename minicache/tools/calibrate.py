@@ -26,11 +26,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.cost import full_passes as passes
-from minicache.cost import macs
+from minicache.cost import full_passes, macs
 from minicache.data import source
 from minicache.placement import choose_device
-from minicache.plan import CachePlan, from_refreshes, full, uniform
+from minicache.plan import CachePlan, from_refreshes, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.tools import Parser
 from minicache.tools.evaluate import HELD_OUT, SOLVERS, Benchmark, clock
@@ -163,9 +162,9 @@ def costs_of(unet: UNet, unit: str) -> tuple[Costs, float]:
     """What plans cost in full passes, by MACs or (seconds) by the clock; and the size of a full pass in this unit."""
     if unit == "seconds":
         seconds = clock(unet)
-        whole = seconds(full(1))
+        whole = seconds(uncached(1))
         return lambda plan: seconds(plan) / whole, whole
-    return partial(passes, unet), {"passes": 1.0, "gmacs": macs(unet) / 1e9}[unit]
+    return partial(full_passes, unet), {"passes": 1.0, "gmacs": macs(unet) / 1e9}[unit]
 
 
 def check(args: argparse.Namespace, unit: float) -> None:
@@ -188,7 +187,8 @@ def main(args: argparse.Namespace) -> None:
     samplers = SOLVERS if args.sampler == "auto" else (args.sampler,)
     whole = None
     if args.steps is not None:
-        whole = Recipe(full(args.steps), args.sampler, start=args.start, fingerprint=benchmark.fingerprint)
+        spacing = None if args.start is None else "trailing"  # which begins where the noised images are
+        whole = Recipe(uncached(args.steps), args.sampler, spacing, start=args.start, fingerprint=benchmark.fingerprint)
     folder = None if args.out.endswith(".json") else Path(args.out)
     (folder or Path(args.out).parent).mkdir(parents=True, exist_ok=True)
 

@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from minicache.checkpoints import REGISTRY, load
-from minicache.cost import cache_bytes, cost, plan_macs, weight_bytes
+from minicache.cost import cache_bytes, pass_cost, plan_macs, weight_bytes
 from minicache.plan import FORECASTS, CachePlan, uniform
 from minicache.tools import Parser
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
@@ -29,7 +29,7 @@ def shape_of(name: str) -> UNet:
 
 def table(unet: UNet, plan: CachePlan) -> str:
     """What a person reads: every branch of this network, then the plan."""
-    whole, steps, refreshes = cost(unet), plan.steps, len(plan.refresh)
+    whole, steps, refreshes = pass_cost(unet), plan.steps, len(plan.refresh)
     lines = [
         f"weights {weight_bytes(unet) / 1e6:.1f} MB; full pass {whole.macs / 1e9:.3f} GMACs (+ "
         f"{whole.attention_macs / 1e9:.3f} in attention's products), activations' peak {whole.peak_bytes / 1e6:.1f} MB",
@@ -37,7 +37,7 @@ def table(unet: UNet, plan: CachePlan) -> str:
         "branch  partial GMACs  + attention  of full  a step, by this plan  cache MB  peak MB",
     ]
     for branch in range(1, len(unet.D) + 1):
-        part = cost(unet, branch)
+        part = pass_cost(unet, branch)
         average = (refreshes * whole.macs + (steps - refreshes) * part.macs) / steps
         size = cache_bytes(unet, CachePlan(2, branch, (0,))) / 1e6
         lines.append(

@@ -38,16 +38,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import embedded_folder, load
-from minicache.cost import full_passes as passes
-from minicache.cost import macs, seconds_of
+from minicache.cost import full_passes, pass_seconds, plan_macs
 from minicache.data import Source, source
+from minicache.diffusion import SPACINGS, timesteps
 from minicache.files import replacing
 from minicache.images import grid, save_png, to_uint8
 from minicache.metrics import Samples, frechet_distance, inception, psnr, read_samples, relative_l2
 from minicache.placement import COMPILE, DTYPES, choose, place
-from minicache.plan import CachePlan, full, nonuniform, uniform
+from minicache.plan import CachePlan, nonuniform, uncached, uniform
 from minicache.recipe import Recipe, recipes_in
-from minicache.samplers import SPACINGS, sample, timesteps
+from minicache.samplers import sample
 from minicache.shards import ImageSet, fill
 from minicache.tools import Parser
 from minicache.tools.classifier import classifier_features
@@ -87,11 +87,11 @@ class Benchmark:
     @property
     def finest(self) -> Recipe:
         """The reference of all samplers without noise."""
-        return Recipe(full(self.limit), "dpm++2m", "trailing", start=self.start)
+        return Recipe(uncached(self.limit), "dpm++2m", "trailing", start=self.start)
 
     def fewer_steps(self, steps: int, samplers: Sequence[str] = SOLVERS) -> list[Recipe]:
         """The baseline that matters: no cache, but fewer steps, by each sampler with every spacing."""
-        recipe = partial(Recipe, full(steps), start=self.start, fingerprint=self.fingerprint)
+        recipe = partial(Recipe, uncached(steps), start=self.start, fingerprint=self.fingerprint)
         return [recipe(sampler, spacing) for sampler in samplers for spacing in self.spacings]
 
     def x_T(self, seeds: Sequence[int]) -> Tensor | None:
@@ -110,29 +110,27 @@ class Benchmark:
 
 def clock(unet: UNet) -> Callable[[CachePlan], float]:
     """A function: plan -> seconds for an image. Each kind of pass is timed once."""
-    timed = cache(partial(seconds_of, unet))
+    timed = cache(partial(pass_seconds, unet))
     return lambda plan: len(plan.refresh) * timed() + (plan.steps - len(plan.refresh)) * timed(plan.branch)
 
 
 def methods(args: argparse.Namespace, benchmark: Benchmark, recipes: list[Recipe]) -> dict[str, list[Recipe]]:
     """Name -> recipes of one cost, of which the best counts; speed-ups are those over the first."""
     sampler, steps = ("ddpm", args.ancestral) if args.ancestral else ("ddim", min(STEPS, benchmark.limit))
-    plans = {f"{sampler}-{steps}": full(steps)}
+    plans = {f"{sampler}-{steps}": uncached(steps)}
     for N in (2, 3, 5, 10):
         plans[f"deepcache-n{N}-b3"] = uniform(steps, N, 3)
         plans[f"deepcache-nonuniform-n{N}-b3"] = nonuniform(steps, N, steps / 2, 1.2, 3)
         plans[f"deepcache-n{N}-b1"] = uniform(steps, N, 1)
         plans[f"linear-n{N}-b1"] = uniform(steps, N, 1, "linear")
     spacing = args.spacing or benchmark.spacings[0]
-    if spacing not in benchmark.spacings:
-        raise ValueError(f"--spacing {spacing} does not begin at t = {benchmark.limit - 1}, as the noised images do")
     found = {name: [Recipe(plan, sampler, spacing, start=args.start)] for name, plan in plans.items()}
     for recipe in recipes:  # the calibrated ones
         if (recipe.plan.steps if recipe.sampler == "ddpm" else None) == args.ancestral:
-            found.setdefault(f"calibrated-{passes(benchmark.unet, recipe.plan):.0f}", []).append(recipe)
+            found.setdefault(f"calibrated-{full_passes(benchmark.unet, recipe.plan):.0f}", []).append(recipe)
     if not args.ancestral:
         found |= {f"{name}-{S}": benchmark.fewer_steps(S, (name,)) for name in SOLVERS for S in args.budgets}
-        found[FLOOR] = [replace(benchmark.finest, plan=full(benchmark.limit // 2))]
+        found[FLOOR] = [replace(benchmark.finest, plan=uncached(benchmark.limit // 2))]
     for recipe in (recipe for recipes in found.values() for recipe in recipes):
         timesteps(recipe.plan.steps, recipe.spacing, benchmark.limit)  # refuses now what it would refuse later
     return found
@@ -173,7 +171,7 @@ class Pictures:
 
 def measured(name: str, recipe: Recipe, unet: UNet, images: Tensor, reference: Tensor) -> dict[str, Any]:
     """A row of the table."""
-    plan, cost = recipe.plan, passes(unet, recipe.plan)
+    plan = recipe.plan
     errors, near = relative_l2(images, reference), psnr(images, reference)
     return {
         "method": name,
@@ -181,8 +179,8 @@ def measured(name: str, recipe: Recipe, unet: UNet, images: Tensor, reference: T
         "steps": plan.steps,
         "in full": len(plan.refresh),
         "branch": plan.branch if len(plan.refresh) < plan.steps else "",
-        "GMACs": cost * macs(unet) / 1e9,
-        "full passes": cost,
+        "GMACs": plan_macs(unet, plan) / 1e9,
+        "full passes": full_passes(unet, plan),
         "error": errors.mean().item(),
         "median": errors.median().item(),
         "worst": errors.max().item(),

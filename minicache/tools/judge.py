@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.metrics import relative_l2
-from minicache.plan import CachePlan, full
+from minicache.plan import CachePlan, uncached
 from minicache.recipe import Recipe
 from minicache.samplers import denoise
 from minicache.tools.evaluate import Benchmark
@@ -57,7 +57,7 @@ def fit(judge: Judge, recipe: Recipe) -> CachePlan:
     alpha_t = sum <Y_t - Y_j, Y_j - Y_i> / sum |Y_j - Y_i|^2, i < j the last two refreshes before t.
     """
     plan = recipe.plan
-    benchmark, whole = judge.benchmark, replace(recipe, plan=full(plan.steps, plan.branch))
+    benchmark, whole = judge.benchmark, replace(recipe, plan=uncached(plan.steps, plan.branch))
     settings = {"x_T": benchmark.x_T(judge.seeds), **whole.settings(benchmark.fingerprint)}
     alpha, older, newer = [0.0] * plan.steps, None, None
     for step in denoise(benchmark.unet, judge.seeds, **settings):
