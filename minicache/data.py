@@ -10,7 +10,7 @@ import math
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ Source = Callable[[int, torch.Generator], Tensor]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # no pickles inside, unlike the Python archive
 CIFAR10_CHECKSUM = "md5:c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 UNREADABLE = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -65,16 +66,16 @@ def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images), torch.from_numpy(records[:, 0].astype(np.int64))
 
 
-def labelled(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """Images and classes, as `cifar10` returns them. name: "cifar10", or a folder or zip with one folder a class.
+def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
+    """Images and classes, as `cifar10` returns them, and the classes' names in the order of their numbers.
 
-    Classes are numbered in the order of their names.
+    name: "cifar10", or a folder or zip with one folder a class. Classes are numbered in the order of their names.
     """
     if name == "cifar10":
-        return cifar10(split)
+        return *cifar10(split), list(CIFAR10_CLASSES)
     classes = [Path(file).parent.name for file, _ in image_files(Path(name))]
     names = sorted(set(classes))
-    return read_images(Path(name), 32), torch.tensor([names.index(each) for each in classes])
+    return read_images(Path(name), 32), torch.tensor([names.index(each) for each in classes]), names
 
 
 def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
@@ -88,25 +89,31 @@ def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
     raise ValueError(f"data={str(path)!r} is neither shapes, nor cifar10, nor a folder or zip of images")
 
 
-def read_images(path: Path, image_size: int | None) -> Tensor:
-    """Every image in a folder or zip, in the order of the names: uint8 [N, H, W, 3].
+def each_image(path: Path, image_size: int | None) -> Iterator[np.ndarray]:
+    """Every image in a folder or zip, one at a time, in the order of the names: uint8 [H, W, 3].
 
     image_size: H and W; images are scaled, and cropped about the centre. None: all must have the first one's size.
     Raises ValueError where an image cannot be read, or there is none.
     """
-    images = []
-    for name, content in tqdm(image_files(path), desc="reading", unit="image", disable=None):
+    shape, files = None, image_files(path)
+    if not files:
+        raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
+    for name, content in tqdm(files, desc="reading", unit="image", disable=None, leave=False):
         try:
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(content()))).convert("RGB")
         except UNREADABLE:
             raise ValueError(f"{name} in {path} is not an image that can be read") from None
         size = image.size if image_size is None else (image_size, image_size)
-        images.append(np.asarray(ImageOps.fit(image, size, Image.Resampling.BOX)))
-        if images[-1].shape != images[0].shape:
+        pixels = np.asarray(ImageOps.fit(image, size, Image.Resampling.BOX))
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
             raise ValueError(f"{name} in {path} is {image.width}x{image.height} pixels, unlike the first image")
-    if not images:
-        raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
-    return torch.from_numpy(np.stack(images))
+        yield pixels
+
+
+def read_images(path: Path, image_size: int | None) -> Tensor:
+    """All of `each_image` together: uint8 [N, S, S, 3]."""
+    return torch.from_numpy(np.stack(list(each_image(path, image_size))))
 
 
 def is_image(name: str) -> bool:

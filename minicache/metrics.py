@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minicache.data import read_images
+from minicache.data import cifar10, each_image, image_files
 from minicache.samplers import Step
-from minicache.unet import UNet
+
+PIECE = 64  # images that are held at a time
 
 
 def relative_l2(x: Tensor, reference: Tensor) -> Tensor:
@@ -34,69 +42,106 @@ def cosine_similarity(steps: Iterable[Step]) -> Tensor:
     return (features @ features.mT).mean(0)
 
 
-@torch.no_grad()
-def unet_features(unet: UNet, images: Tensor, batch_size: int = 64) -> Tensor:
-    """[B, C] float64: the middle of a diffusion network, averaged over pixels, at images scaled to a low timestep.
+class Moments(NamedTuple):
+    """All that a Frechet distance needs to know of N features [N, C]."""
 
-    Offline features that every checkpoint brings along. Distances in them are comparable within one checkpoint alone.
-    """
-    t = unet.diffusion.num_timesteps // 20
-    signal = unet.diffusion.alphas_bar[t].sqrt().item()
-    parts = images.clamp(-1, 1).split(batch_size)
-    middles = [unet.forward_full(signal * part, t, branch=len(unet.D))[1] for part in parts]
-    return torch.cat([middle.mean((2, 3)) for middle in middles]).double().cpu()
+    count: int
+    mean: Tensor  # float64 [C]
+    covariance: Tensor  # float64 [C, C]
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+def moments(parts: Iterable[Tensor]) -> Moments:
+    """Of features that come in parts [B, C], of which one at a time is held; ValueError for fewer than two rows."""
+    count, total, squares = 0, 0.0, 0.0
+    for part in parts:
+        part = part.cpu().double()  # mps has no float64
+        count, total, squares = count + len(part), total + part.sum(0), squares + part.T @ part
+    if count < 2:
+        raise ValueError(f"a Frechet distance needs two features at least on each side, not {count}")
+    mean = total / count
+    return Moments(count, mean, (squares - count * torch.outer(mean, mean)) / (count - 1))
+
+
+def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """Between the normal distributions that fit features a [N, C] and b [M, C] (Heusel et al. 2017, Eq. 6):
 
     ||mu_a - mu_b||^2 + tr(A + B - 2 (A B)^1/2). Biased upwards, by about C^2/4 (1/N + 1/M)
     where covariances are 1: compare equal counts.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a Frechet distance needs two features at least on each side, not {len(a)} and {len(b)}")
-    a, b = a.double(), b.double()
-    mean_part = (a.mean(0) - b.mean(0)).square().sum()
-    A, B = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
+    (_, mu_a, A), (_, mu_b, B) = (x if isinstance(x, Moments) else moments([x]) for x in (a, b))
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # A B and A^1/2 B A^1/2 have the same eigenvalues, and the latter is symmetric
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, (mean_part + A.trace() + B.trace() - 2 * cross).item())
+    return max(0.0, ((mu_a - mu_b).square().sum() + A.trace() + B.trace() - 2 * cross).item())
 
 
-def read_samples(path: str | Path) -> np.ndarray:
-    """uint8 [N, H, W, 3]: the npz (arr_0) or folder of images that sample.py writes, or a zip of images."""
+class Samples(NamedTuple):
+    """Pictures on disk that need not fit in memory: 50,000 of 256 x 256 pixels are 10 GB."""
+
+    shape: tuple[int, ...]  # [N, H, W, 3]
+    pieces: Callable[[], Iterator[np.ndarray]]  # reads them from the first on: uint8 [B, H, W, 3], B <= PIECE
+
+    def moments(self, features: Callable[[np.ndarray], Tensor]) -> Moments:
+        """Of all their features; features: uint8 [B, H, W, 3] -> [B, C]."""
+        return moments(map(features, self.pieces()))
+
+
+def read_samples(path: str | Path) -> Samples:
+    """The npz (arr_0) or folder of images that sample.py writes, or a zip of images; or "cifar10", its training set.
+
+    ValueError for anything else.
+    """
+    if path == "cifar10":
+        images = cifar10("train")[0]
+        return Samples(tuple(images.shape), lambda: (piece.numpy() for piece in images.split(PIECE)))
     path = Path(path)
     if path.suffix == ".npz":
-        try:
-            images = np.load(path, allow_pickle=False)["arr_0"]
-        except (KeyError, ValueError, OSError) as error:
-            raise ValueError(f"{path} is not an npz with arr_0: {error}") from None
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"{path}: arr_0 is {images.dtype} {list(images.shape)}; need uint8 [N, H, W, 3]")
-        return images
-    return read_images(path, image_size=None).numpy()
+        with opened(path) as (_, shape):
+            return Samples(shape, partial(npz_pieces, path))
+    first = next(each_image(path, None))
+    return Samples((len(image_files(path)), *first.shape), partial(image_pieces, path))
 
 
-def fid(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet Inception Distance of uint8 images [N, H, W, 3], by torch-fidelity, which downloads Inception once."""
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """arr_0 of an npz as a stream of bytes, and its shape; pickles are not read."""
     try:
-        from torch_fidelity import calculate_metrics
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, by_columns, dtype = read[np.lib.format.read_magic(file)](file)
+            if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or by_columns:
+                raise ValueError(f"it is {dtype} {list(shape)}; need uint8 [N, H, W, 3]")
+            yield file, shape
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not an npz whose arr_0 holds images: {error}") from None
+
+
+def npz_pieces(path: Path) -> Iterator[np.ndarray]:
+    with opened(path) as (file, (count, *shape)):
+        for k in range(0, count, PIECE):
+            content = bytearray(file.read(min(PIECE, count - k) * math.prod(shape)))
+            yield np.frombuffer(content, np.uint8).reshape(-1, *shape)
+
+
+def image_pieces(path: Path) -> Iterator[np.ndarray]:
+    images = each_image(path, None)
+    while piece := list(islice(images, PIECE)):
+        yield np.stack(piece)
+
+
+def inception() -> Callable[[np.ndarray], Tensor]:
+    """The features of FID: uint8 [B, H, W, 3] -> [B, 2048], by torch-fidelity, which downloads Inception once."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise ValueError("FID needs torch-fidelity: pip install 'minicache[fid]'") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+    return lambda images: network(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))[0]
 
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images: np.ndarray):
-            self.images = images
 
-        def __len__(self) -> int:
-            return len(self.images)
-
-        def __getitem__(self, i: int) -> Tensor:
-            return torch.from_numpy(self.images[i]).permute(2, 0, 1)
-
-    result = calculate_metrics(
-        input1=Images(a), input2=Images(b), fid=True, cuda=torch.cuda.is_available(), verbose=False
-    )
-    return result["frechet_inception_distance"]
+def fid(a: Samples, b: Samples) -> float:
+    """Frechet Inception Distance of two sets of images."""
+    features = inception()
+    return frechet_distance(a.moments(features), b.moments(features))

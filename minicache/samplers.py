@@ -134,7 +134,7 @@ class Settings:
         numbers = {"eta": (float, 0, 1), "guidance": (float, 0, 100), "start": (int, 1, MAX_STEPS)}
         for name, (kind, least, most) in numbers.items():
             value = getattr(self, name)
-            if value is not None and (type(value) not in (kind, int) or not least <= value <= most):
+            if (value, name) != (None, "start") and (type(value) not in (kind, int) or not least <= value <= most):
                 raise ValueError(f"{name}={value!r} must be a number in {least}..{most}")
         for name, default in (("eta", 0), ("variance", None)):
             if getattr(self, name) != default and SAMPLERS[self.sampler].noise != name:

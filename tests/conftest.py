@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -100,6 +102,28 @@ def no_gradients():
     """Inference throughout; tests of training switch gradients on."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def inception(monkeypatch) -> list[int]:
+    """A stand-in for torch-fidelity, whose features are the three colours' means; how many images each call saw."""
+    seen = []
+
+    class FeatureExtractorInceptionV3(torch.nn.Module):
+        def __init__(self, name: str, features_list: list[str]):
+            super().__init__()
+            assert features_list == ["2048"]
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            assert x.dtype == torch.uint8 and x.shape[1] == 3
+            seen.append(len(x))
+            return (x.double().mean((2, 3)),)
+
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = FeatureExtractorInceptionV3
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return seen
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

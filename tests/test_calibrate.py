@@ -1,20 +1,23 @@
 """The search for plans: its laws on a random network, and the commands around it."""
 
-import csv
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import random_unet
 from tqdm import tqdm
 
-from minicache import CachePlan, Diffusion, Recipe, denoise, full, load, uniform
+from minicache import CachePlan, Diffusion, Recipe, denoise, load, uncached, uniform
 from minicache.checkpoints import fingerprint, save
-from minicache.cost import Costs, full_passes
-from minicache.tools import calibrate, compare
-from minicache.tools.calibrate import fit, gauss_newton, judge, widest
-from minicache.tools.protocol import trial, uncached
+from minicache.cost import full_passes, macs, pass_seconds
+from minicache.plan import from_refreshes
+from minicache.samplers import timesteps
+from minicache.tools import calibrate
+from minicache.tools.calibrate import widest
+from minicache.tools.evaluate import Benchmark
+from minicache.tools.judge import Judge, fit, gauss_newton
 from sample import main as sample_main
 from sample import parse as sample_parse
 
@@ -28,27 +31,34 @@ def net(tmp_path_factory):
     return path
 
 
+def benchmark(net) -> Benchmark:
+    unet = load(net)
+    return Benchmark(unet, fingerprint(unet))
+
+
 @pytest.fixture(scope="module")
 def calibration(net):
     with torch.no_grad():
-        return trial(load(net), range(100, 103))
+        return Judge.on(benchmark(net), range(100, 103))
 
 
 def test_widest_plan_fits_the_budget(calibration):
-    costs = Costs(calibration.unet)
+    costs = partial(full_passes, calibration.benchmark.unet)
     plan = widest(6.0, costs, 3, 1, 40)
     longer = uniform(plan.steps + 3, 3, 1)
     assert costs(plan) <= 6.0 < costs(longer) and plan.steps - 1 in plan.refresh
-    assert costs(plan) == pytest.approx(full_passes(calibration.unet, plan))
     assert widest(1.5, costs, 3, 1, 40) is None
 
 
 def test_fitted_alphas_are_the_least_squares(calibration):
     """Of the uncached features, so any other alpha forecasts them worse."""
-    recipe = Recipe(uniform(10, 4, 2), "dpm++2m", fingerprint=calibration.fingerprint)
+    recipe = Recipe(uniform(10, 4, 2), "dpm++2m", fingerprint=calibration.benchmark.fingerprint)
     plan = fit(calibration, recipe)
     assert plan.refresh == recipe.plan.refresh and plan.forecasts
-    Y = [step.cached_U for step in denoise(calibration.unet, calibration.seeds, sampler="dpm++2m", plan=full(10, 2))]
+    Y = [
+        step.cached_U
+        for step in denoise(calibration.benchmark.unet, calibration.seeds, sampler="dpm++2m", plan=uncached(10, 2))
+    ]
 
     def error(i: int, alpha: float) -> float:
         newer = max(k for k in plan.refresh if k <= i)
@@ -60,14 +70,25 @@ def test_fitted_alphas_are_the_least_squares(calibration):
 
 
 def test_gauss_newton_lowers_the_error_of_the_image(calibration):
-    recipe = Recipe(uniform(13, 4, 1, "linear"), "ddim", "trailing", fingerprint=calibration.fingerprint)
-    recipe = judge(calibration, recipe)
+    recipe = Recipe(uniform(13, 4, 1, "linear"), "ddim", "trailing", fingerprint=calibration.benchmark.fingerprint)
+    recipe = calibration.score(recipe)
     better = gauss_newton(calibration, recipe, tqdm(disable=True))
     assert better.error < 0.95 * recipe.error
-    assert judge(calibration, better).error == pytest.approx(better.error, rel=1e-4)
+    assert calibration.score(better).error == pytest.approx(better.error, rel=1e-4)
     assert better.plan.refresh == recipe.plan.refresh
-    nothing_to_fit = judge(calibration, replace(recipe, plan=full(5)))
+    nothing_to_fit = calibration.score(replace(recipe, plan=uncached(5)))
     assert gauss_newton(calibration, nothing_to_fit, tqdm(disable=True)) == nothing_to_fit
+
+
+@pytest.mark.parametrize("refresh", [(0, 4, 8, 12), (0, 4, 8, 13, 14)])
+def test_alphas_without_effect_stay_as_they_are(calibration, refresh):
+    """quad repeats timesteps: such a step has no length, and two refreshes at one timestep have no slope."""
+    assert timesteps(16, "quad", 40)[-3:] == [0, 0, 0]
+    recipe = calibration.score(Recipe(from_refreshes(16, 1, refresh, "linear"), "ddim", "quad"))
+    better = gauss_newton(calibration, recipe, tqdm(disable=True))
+    assert better.error <= recipe.error and better.plan.alpha[13:15] == recipe.plan.alpha[13:15]
+    fitted = fit(calibration, recipe).alpha
+    assert any(fitted[5:12]) and (fitted[15] == 0 or 14 not in refresh)
 
 
 def test_command(net, tmp_path, capsys, monkeypatch):
@@ -80,9 +101,9 @@ def test_command(net, tmp_path, capsys, monkeypatch):
         recipe = Recipe.load(tmp_path / f"net-{budget}.json")
         unet = load(net)
         assert full_passes(unet, recipe.plan) <= budget and recipe.fingerprint == fingerprint(unet)
-        check = trial(unet, calibrate.CHECK)
+        check = Judge.on(benchmark(net), calibrate.CHECK)
         assert check.errors(recipe).mean().item() == pytest.approx(recipe.error, rel=1e-4)
-        plms = [check.errors(fewer).mean().item() for fewer in uncached(unet, budget, ("plms",))]
+        plms = [check.errors(fewer).mean().item() for fewer in check.benchmark.fewer_steps(budget, ("plms",))]
         assert recipe.error <= max(plms)
     sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "net-4.json"), "--num", "1",
                               "--out", str(tmp_path / "x.png")]))  # fmt: skip
@@ -91,12 +112,14 @@ def test_command(net, tmp_path, capsys, monkeypatch):
 
 
 def test_interrupted_before_the_check_it_keeps_what_was_found(net, tmp_path, monkeypatch):
-    def interrupted(unet, seeds, *args, **kwargs):
+    on = Judge.on
+
+    def interrupted(benchmark, seeds, reference):
         if seeds == calibrate.CHECK:
             raise KeyboardInterrupt
-        return trial(unet, range(2), *args, **kwargs)
+        return on(benchmark, range(2), reference)
 
-    monkeypatch.setattr(calibrate, "trial", interrupted)
+    monkeypatch.setattr(Judge, "on", interrupted)
     with pytest.raises(KeyboardInterrupt):
         calibrate.main(calibrate.parse(["--ckpt", str(net), "--budget", "4", "--out", str(tmp_path / "r.json")]))
     assert full_passes(load(net), Recipe.load(tmp_path / "r.json").plan) <= 4
@@ -106,7 +129,7 @@ def test_interrupted_before_the_check_it_keeps_what_was_found(net, tmp_path, mon
 def test_budgets_in_other_units(net, tmp_path, monkeypatch, unit):
     for seeds in ("CALIBRATION", "CHECK", "HELD_OUT"):
         monkeypatch.setattr(calibrate, seeds, range(2))
-    full_pass = Costs(load(net), seconds=unit == "seconds").unit / (1 if unit == "seconds" else 1e9)
+    full_pass = pass_seconds(load(net)) if unit == "seconds" else macs(load(net)) / 1e9
     flags = ["--ckpt", str(net), "--unit", unit, "--sampler", "plms", "--out", str(tmp_path / "r.json")]
     calibrate.main(calibrate.parse([*flags, "--budget", str(4 * full_pass)]))
     steps = full_passes(load(net), Recipe.load(tmp_path / "r.json").plan)
@@ -117,8 +140,8 @@ def test_budgets_in_other_units(net, tmp_path, monkeypatch, unit):
 
 def test_a_plan_that_is_worse_than_fewer_steps_is_not_returned(calibration):
     """Where the search was misled by its few seeds."""
-    good, bad = (Recipe(plan, "ddim", "trailing", fingerprint=calibration.fingerprint)
-                 for plan in (full(8), CachePlan(20, 1, (0,))))  # fmt: skip
+    good, bad = (Recipe(plan, "ddim", "trailing", fingerprint=calibration.benchmark.fingerprint)
+                 for plan in (uncached(8), CachePlan(20, 1, (0,))))  # fmt: skip
     found = calibrate.checked(calibration, replace(bad, error=0.0), [replace(good, error=1.0)])
     assert found.plan == good.plan and found.error == pytest.approx(calibration.errors(good).mean().item())
 
@@ -181,40 +204,9 @@ def test_shipped_recipes_fit_the_shipped_weights():
 
 
 def test_recipes_for_noised_images_are_no_recipes_for_noise(net, tmp_path):
-    Recipe(CachePlan(4, 1, (0,)), start=10).save(tmp_path / "r.json")
+    Recipe(CachePlan(4, 1, (0,)), spacing="trailing", start=10).save(tmp_path / "r.json")
     with pytest.raises(ValueError, match="noised to t = 9,"):
         sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "r.json")]))
     with pytest.raises(ValueError, match="start"):
         (tmp_path / "s.json").write_text(json.dumps({"plan": {"steps": 2, "branch": 1, "refresh": [0]}, "start": "x"}))
         Recipe.load(tmp_path / "s.json")
-
-
-def test_comparison(tmp_path):
-    """Its rows, on a network with as few timesteps as a comparison can have."""
-    unet = random_unet()
-    unet.diffusion = Diffusion(num_timesteps=100, beta_end=0.1)
-    save(tmp_path / "net.pt", unet)
-    compare.main(compare.parse(["--ckpt", str(tmp_path / "net.pt"), "--budgets", "5", "--num", "2",
-                                "--out", str(tmp_path / "c")]))  # fmt: skip
-    with open(tmp_path / "c" / "table.csv") as file:
-        rows = list(csv.DictReader(file))
-    fewer = [row for row in rows if row["method"] == "fewer steps, dpm++2m"]
-    assert len(fewer) == 1 and float(fewer[0]["passes"]) == 5
-    assert all(float(row["error"]) <= float(row["worst"]) for row in rows)
-    held = {row["method"]: row for row in rows if row["full_steps"] == "20"}
-    assert {"DeepCache, branch 3", "DeepCache, non-uniform, branch 1", "linear forecast, branch 1"} <= set(held)
-    assert rows[-1]["method"] == compare.FLOOR and float(rows[-1]["error"]) < float(fewer[0]["error"])
-    with pytest.raises(ValueError, match="--num 1 must be at least 2"):
-        compare.main(compare.parse(["--num", "1"]))
-    assert {"table.csv", "table.md", "samples.png"} <= {path.name for path in (tmp_path / "c").iterdir()}
-
-
-def test_comparison_of_ancestral_plans(net, tmp_path):
-    compare.main(compare.parse(["--ckpt", str(net), "--ancestral", "20", "--num", "3", "--out", str(tmp_path)]))
-    with open(tmp_path / "table.csv") as file:
-        rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert float(rows["uncached"]["error"]) == 0 and float(rows["uncached"]["frechet"]) > 0
-    assert (
-        rows["uncached, more seeds"]["error"] == "nan"
-        and rows["uncached, more seeds"]["frechet"] != rows["uncached"]["frechet"]
-    )

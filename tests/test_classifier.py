@@ -1,4 +1,4 @@
-"""The classifier behind the offline Frechet distance, and the table of methods that uses it."""
+"""The classifier behind the offline Frechet distance."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ import torch
 from conftest import noise
 from PIL import Image
 
-from minicache import load
-from minicache.metrics import frechet_distance, read_samples
-from minicache.tools import classifier, table
+from minicache.images import to_uint8
+from minicache.metrics import frechet_distance
+from minicache.tools import classifier
 from minicache.tools.classifier import augmented, classifier_features
 
 
@@ -31,6 +31,34 @@ def test_it_learns(tmp_path, capsys):
         classifier.main(classifier.parse(["--epochs", "0"]))
 
 
+def folders(root, **classes: int):
+    """A folder of so many dark 32 x 32 pictures a class."""
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            Image.fromarray(np.full((32, 32, 3), 9 * k, np.uint8)).save(root / name / f"{k}.png")
+    return str(root)
+
+
+def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path):
+    out = tmp_path / "c.pt"
+    cats = folders(tmp_path / "cats", cat=2, dog=2)
+    ants = folders(tmp_path / "ants", ant=1, cat=1)
+    eleven = folders(tmp_path / "eleven", **{f"c{k}": 1 for k in range(11)})
+    for data, test, more, words in (
+        (cats, cats, ["--lr", "nan"], "--lr nan"),
+        (cats, cats, ["--lr", "-1"], "--lr -1"),
+        (cats, cats, ["--batch-size", "5"], "--batch-size 5 .* 4 images"),
+        (eleven, eleven, [], "11 classes.* 10"),
+        (cats, ants, [], "cat, dog.* ant, cat"),
+        (cats, cats, ["--lr", "1e30"], "smaller --lr"),
+    ):
+        flags = ["--data", data, "--test", test, "--epochs", "3", "--batch-size", "2", "--device", "cpu"]
+        with pytest.raises(ValueError, match=words), torch.enable_grad():
+            classifier.main(classifier.parse([*flags, *more, "--out", str(out)]))
+        assert not out.exists()
+
+
 def test_augmentation_shifts_and_flips():
     images = torch.arange(32, dtype=torch.uint8)[:, None].expand(64, 32, 32, 3)
     x = augmented(images, torch.Generator().manual_seed(0))
@@ -42,40 +70,8 @@ def test_augmentation_shifts_and_flips():
 
 def test_the_shipped_features_tell_pictures_from_noise():
     pictures = torch.stack([noise(3, 4, 4, seed=k) for k in range(40)]).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    features = [classifier_features(x.clamp(-1, 1)) for x in (pictures[:20], pictures[20:], noise(20, 3, 32, 32))]
+    features = [classifier_features(to_uint8(x)) for x in (pictures[:20], pictures[20:], noise(20, 3, 32, 32))]
     assert features[0].shape == (20, 128)
     assert 2 * frechet_distance(features[0], features[1]) < frechet_distance(features[0], features[2])
-    with pytest.raises(ValueError, match=r"not \[2, 3, 16, 16\]"):
-        classifier_features(noise(2, 3, 16, 16))
-
-
-def test_table(tmp_path, monkeypatch, capsys):
-    """Few methods, few steps; begun again it draws nothing, and gives the same table."""
-    methods = table.methods
-    names = ("ddim-100", "ddim-10", "deepcache-n10-b1", "linear-n10-b1")
-    monkeypatch.setattr(table, "STEPS", 12)
-    monkeypatch.setattr(table, "methods", lambda *args: {
-        name: recipe for name, recipe in methods(*args).items() if name.replace("12", "100") in names})  # fmt: skip
-    real = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
-    np.savez(tmp_path / "real.npz", arr_0=real)
-    flags = ["--ckpt", "tiny", "--num", "3", "--batch-size", "2", "--real", str(tmp_path / "real.npz"), "--dtype",
-             "float32", "--out", str(tmp_path / "t")]  # fmt: skip
-    table.main(table.parse(flags))
-    lines = (tmp_path / "t" / "table.md").read_text().splitlines()
-    assert len(lines) == 2 + 4 and lines[-1].split(" | ")[1:4] == ["12", "2", "1"]
-    assert "| inf |" in lines[2] and "4 methods, 3 pictures each" in capsys.readouterr().out
-    assert len(read_samples(tmp_path / "t" / "linear-n10-b1.npz")) == 3
-    monkeypatch.setattr(table, "sample", lambda *args, **settings: pytest.fail("drawn twice"))
-    table.main(table.parse(flags))
-    again = (tmp_path / "t" / "table.md").read_text().splitlines()
-    assert [line.split(" | ")[-2:] for line in again] == [line.split(" | ")[-2:] for line in lines]
-    for more, words in ((["--num", "1"], "--num 1"), (["--ancestral", "-1"], "--ancestral -1")):
-        with pytest.raises(ValueError, match=words):
-            table.main(table.parse([*flags, *more]))
-
-
-def test_methods_are_those_of_the_paper_and_more():
-    unet = load("tiny")
-    found = table.methods(unet, [], "uniform", ancestral=1000)
-    assert found["deepcache-n5-b3"].plan.refresh == tuple(range(0, 100, 5)) and found["ddpm-1000"].sampler == "ddpm"
-    assert len({len(recipe.plan.refresh) for recipe in found.values()}) > 5 and all("/" not in name for name in found)
+    with pytest.raises(ValueError, match=r"not \[2, 16, 16, 3\]"):
+        classifier_features(np.zeros((2, 16, 16, 3), np.uint8))

@@ -160,8 +160,8 @@ def test_a_folder_a_class(tmp_path):
     for name, value in (("b/0.png", 10), ("a/1.png", 20), ("b/2.png", 30)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), (value,) * 3).save(tmp_path / name)
-    images, labels = data.labelled(str(tmp_path), "train")
-    assert images[:, 0, 0, 0].tolist() == [20, 10, 30] and labels.tolist() == [0, 1, 1]
+    images, labels, names = data.labelled(str(tmp_path), "train")
+    assert images[:, 0, 0, 0].tolist() == [20, 10, 30] and labels.tolist() == [0, 1, 1] and names == ["a", "b"]
 
 
 @pytest.mark.parametrize("name, words", [("nowhere", "neither shapes"), ("empty", "holds no images")])

@@ -1,24 +1,17 @@
-"""Metrics against closed forms and other implementations, and the protocol that uses them."""
+"""Metrics against closed forms and other implementations."""
+
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from conftest import noise
 
-from minicache import Diffusion, denoise, full, sample
-from minicache.data import shapes
-from minicache.metrics import (
-    cosine_similarity,
-    fid,
-    frechet_distance,
-    psnr,
-    read_samples,
-    relative_l2,
-    unet_features,
-)
+from minicache import denoise, metrics, uncached
+from minicache.metrics import cosine_similarity, fid, frechet_distance, moments, psnr, read_samples, relative_l2
 from minicache.shards import ImageSet, fill
 from minicache.tools.fid import main, parse
-from minicache.tools.protocol import CALIBRATION, CHECK, HELD_OUT, noised, trial, uncached
 
 
 def test_pairs():
@@ -53,63 +46,70 @@ def test_frechet_distance_of_correlated_features():
 
 
 def test_similarity_of_features(unet):
-    steps = list(denoise(unet, [0, 1], plan=full(5, branch=2)))
+    steps = list(denoise(unet, [0, 1], plan=uncached(5, branch=2)))
     similarity = cosine_similarity(steps)
     assert similarity.shape == (5, 5) and torch.allclose(similarity.diagonal(), torch.ones(5))
     expected = torch.cosine_similarity(steps[1].cached_U.flatten(1), steps[4].cached_U.flatten(1)).mean()
     assert torch.allclose(similarity[1, 4], expected) and torch.allclose(similarity, similarity.T)
 
 
-def test_features_do_not_depend_on_the_batch(unet):
-    images = noise(5, 3, 16, 16)
-    assert torch.allclose(unet_features(unet, images), unet_features(unet, images, batch_size=2), atol=1e-5)
+def test_moments_do_not_depend_on_the_parts():
+    features = noise(50, 6) + 3
+    of_parts = moments(features.split(7))
+    assert torch.allclose(of_parts.mean, features.double().mean(0), atol=1e-12) and of_parts.count == 50
+    assert torch.allclose(of_parts.covariance, torch.cov(features.double().T), atol=1e-12)
+    other = noise(40, 6, seed=1)
+    assert frechet_distance(of_parts, moments(other.split(9))) == pytest.approx(frechet_distance(features, other))
 
 
 def test_samples_are_read_back(tmp_path, capsys, monkeypatch):
-    images = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    images = np.random.RandomState(0).randint(0, 256, (7, 8, 8, 3)).astype(np.uint8)
     for name in ("a.npz", "a"):
-        fill(ImageSet(tmp_path / name, range(3), 2, {}), lambda seeds: images[seeds.start : seeds.stop])
-    assert np.array_equal(read_samples(tmp_path / "a.npz"), images) and np.array_equal(
-        read_samples(tmp_path / "a"), images
-    )
-    np.savez(tmp_path / "b.npz", arr_0=images.astype(float))
-    np.savez(tmp_path / "c.npz", x=images)
-    for name, words in (("b.npz", "float64"), ("c.npz", "arr_0"), ("missing.npz", "missing"), ("d", "neither")):
+        fill(ImageSet(tmp_path / name, range(7), 2, {}), lambda seeds: images[seeds.start : seeds.stop])
+    np.savez_compressed(tmp_path / "z.npz", arr_0=images)
+    monkeypatch.setattr(metrics, "PIECE", 3)
+    for name in ("a.npz", "a", "z.npz"):
+        samples = read_samples(tmp_path / name)
+        for _ in ("once", "again"):
+            pieces = list(samples.pieces())
+            assert samples.shape == (7, 8, 8, 3) and [len(piece) for piece in pieces] == [3, 3, 1]
+            assert np.array_equal(np.concatenate(pieces), images)
+
+
+def test_samples_need_not_fit_in_memory(tmp_path):
+    """50,000 pictures of 256 x 256 pixels are 10 GB, and four times that as float32; here, 12 MB are read."""
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4000, 32, 32, 3), np.uint8))
+    tracemalloc.start()
+    known = read_samples(tmp_path / "x.npz").moments(lambda images: torch.from_numpy(images[:, 0, :2, 0]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert known.count == 4000 and peak < 2e6
+
+
+def test_what_is_no_set_of_samples(tmp_path, monkeypatch):
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "float.npz", arr_0=images.astype(float))
+    np.savez(tmp_path / "name.npz", x=images)
+    np.savez(tmp_path / "pickle.npz", arr_0=np.array([{}]))
+    np.savez(tmp_path / "whole.npz", arr_0=images)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-100])
+    for name, words in (("float.npz", "float64"), ("name.npz", "arr_0"), ("pickle.npz", "object"),
+                        ("cut.npz", "cut.npz is not"), ("missing.npz", "missing"), ("d", "neither")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             read_samples(tmp_path / name)
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
+    whole = read_samples(tmp_path / "whole.npz")
     with pytest.raises(ValueError, match=r"pip install 'minicache\[fid\]'"):
-        fid(images, images)
+        fid(whole, whole)
     with pytest.raises(ValueError, match="fid"):
-        main(parse([str(tmp_path / "a.npz"), str(tmp_path / "a")]))
+        main(parse([str(tmp_path / "whole.npz")] * 2))
 
 
-def test_protocol(unet):
-    assert len({*CALIBRATION, *CHECK, *HELD_OUT}) == len(CALIBRATION) + len(CHECK) + len(HELD_OUT)
-    unet.diffusion = Diffusion(num_timesteps=20)
-    try:
-        pure = trial(unet, [3, 4])
-        assert torch.equal(pure.reference, sample(unet, [3, 4], sampler="dpm++2m", steps=20, spacing="trailing"))
-        exact, *others = (pure.errors(recipe) for recipe in uncached(unet, 20, ("dpm++2m", "ddim")))
-        assert len(others) == 7 and min(error.max() for error in [exact, *others]) == 0
-        draw = lambda n, generator: shapes(n, 16, generator)  # noqa: E731
-        begun = trial(unet, [3, 4], draw=draw, start=10)
-        assert torch.equal(begun.x_T[1:], noised(unet, [4], draw, 10))
-        assert {recipe.spacing for recipe in uncached(unet, 5, start=10)} == {"trailing", "linspace"}
-        assert all(recipe.start == 10 for recipe in uncached(unet, 5, start=10))
-        with pytest.raises(ValueError, match="go together"):
-            trial(unet, [3], start=10)
-    finally:
-        unet.diffusion = Diffusion()
-
-
-def test_start(unet):
-    x = noise(2, 3, 16, 16)
-    seen = [step.t for step in denoise(unet, x_T=x, start=700, steps=7, spacing="trailing")]
-    assert seen == [699, 599, 499, 399, 299, 199, 99]
-    assert torch.equal(sample(unet, x_T=x, start=1000, steps=4), sample(unet, x_T=x, steps=4))
-    for start in (0, 1001):
-        with pytest.raises(ValueError, match=f"start={start}"):
-            denoise(unet, x_T=x, start=start)
-    with pytest.raises(ValueError, match="needs x_T"):
-        denoise(unet, [0], start=700)
+def test_fid_is_the_frechet_distance_of_inceptions_features(tmp_path, capsys, inception):
+    a, b = (np.random.RandomState(k).randint(0, 256, (90, 8, 8, 3)).astype(np.uint8) for k in range(2))
+    np.savez(tmp_path / "a.npz", arr_0=a)
+    np.savez(tmp_path / "b.npz", arr_0=b)
+    expected = frechet_distance(*(torch.from_numpy(x).double().mean((1, 2)) for x in (a, b)))
+    main(parse([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]))
+    assert f"FID {expected:.3f} (90 images against 90)" in capsys.readouterr().out
+    assert inception == [64, 26, 64, 26]

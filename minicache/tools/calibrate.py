@@ -3,9 +3,9 @@
     python -m minicache calibrate --ckpt tiny --budget 20 --out recipe.json
     python sample.py --ckpt tiny --plan recipe.json
 
-Every plan is judged by the one thing that counts, the error of the final image (see minicache.protocol), on calibration
-seeds; then the best one has to beat fewer steps on other seeds, or fewer steps are what is returned; what is printed
-is the error on seeds held out from both. The search:
+Every plan is judged by the one thing that counts, the error of the final image (the protocol is that of `evaluate`), on
+calibration seeds. The best plan then has to beat fewer steps on other seeds, or fewer steps are what is returned. The
+error that is printed is on seeds held out from both. The search:
 1. sweep: sampler x spacing x branch x 1:N, as many steps as the budget allows, with a linear forecast;
    uncached sampling is among the candidates, so that a plan is never worse than fewer steps;
 2. ends: for the best few, how many of the first and of the last steps run in full;
@@ -23,32 +23,30 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import fingerprint, load
-from minicache.cost import Costs
+from minicache.cost import full_passes, macs
 from minicache.data import source
 from minicache.placement import choose_device
-from minicache.plan import CachePlan, from_refreshes, full, uniform
+from minicache.plan import CachePlan, from_refreshes, uncached, uniform
 from minicache.recipe import Recipe
-from minicache.samplers import denoise
 from minicache.tools import Parser
-from minicache.tools.protocol import CALIBRATION, CHECK, HELD_OUT, SOLVERS, Trial, trial, uncached
+from minicache.tools.evaluate import HELD_OUT, SOLVERS, Benchmark, clock
+from minicache.tools.judge import Judge, fit, gauss_newton
+from minicache.unet import UNet
 
+CALIBRATION = range(10_000, 10_008)  # seeds that are searched on
+CHECK = range(10_008, 10_024)  # seeds on which what was found must beat fewer steps once more
+BRANCHES = (1, 2, 3)  # that are searched
 INTERVALS = (2, 3, 4, 6)
 PAIRS = 2  # of sampler and spacing that the whole sweep is made for
 ENDS = ((1, 2), (1, 1), (1, 3), (1, 4), (3, 2), (3, 4))  # first and last steps in full; the sweep is with the first
 FINALISTS = 2  # of the sweep, whose ends are varied, and then of all, whose refreshes are moved
 MOVES = 24  # of refreshes that are tried for each
-DELTA = 0.05  # of alpha, in Gauss-Newton's differences
+UNITS = ("passes", "gmacs", "seconds")
 
-
-def judge(trial: Trial, recipe: Recipe, bar: tqdm | None = None) -> Recipe:
-    if bar is not None:
-        bar.update()
-    return replace(recipe, error=trial.errors(recipe).mean().item())
+Costs = Callable[[CachePlan], float]  # what a plan costs, in full passes
 
 
 def error_of(recipe: Recipe) -> float:
@@ -74,9 +72,9 @@ def widest(
     return plans[-1] if plans else None
 
 
-def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], bar: tqdm) -> Iterator[Recipe]:
-    """Ever better recipes, each with its error on the trial's seeds; baseline: uncached ones, with theirs."""
-    most, judged = baseline[0].start or trial.unet.diffusion.num_timesteps, partial(judge, trial, bar=bar)
+def search(judge: Judge, budget: float, costs: Costs, baseline: list[Recipe], bar: tqdm) -> Iterator[Recipe]:
+    """Ever better recipes, each with its error on the judge's seeds; baseline: uncached ones, with theirs."""
+    most, scored = judge.benchmark.limit, partial(judge.score, bar=bar)
 
     def best(recipes: list[Recipe]) -> Recipe:
         found = min(recipes, key=error_of)
@@ -86,13 +84,14 @@ def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], ba
     yield (found := best(baseline))
 
     probe = widest(budget, costs, 2, 1, most) or baseline[0].plan
-    pairs = sorted([judged(replace(recipe, plan=probe)) for recipe in baseline], key=error_of)[:PAIRS]
+    pairs = sorted([scored(replace(recipe, plan=probe)) for recipe in baseline], key=error_of)[:PAIRS]
 
     def tried(pair: Recipe, interval: int, branch: int, ends: tuple[int, int]) -> list[Recipe]:
         plan = widest(budget, costs, interval, branch, most, ends)
-        return [judged(replace(pair, plan=plan))] if plan else []
+        return [scored(replace(pair, plan=plan))] if plan else []
 
-    grid = [(pair, interval, branch) for pair in pairs for branch in costs.partial for interval in INTERVALS]
+    branches = BRANCHES[: len(judge.benchmark.unet.D)]
+    grid = [(pair, interval, branch) for pair in pairs for branch in branches for interval in INTERVALS]
     swept = {point: recipe for point in grid for recipe in tried(*point, ENDS[0])}
     yield (found := best([found, *swept.values()]))
 
@@ -103,33 +102,33 @@ def search(trial: Trial, budget: float, costs: Costs, baseline: list[Recipe], ba
     yield (found := best([found, *ended]))
 
     finalists = sorted(ended, key=error_of)[:FINALISTS]
-    climbed = best([climb(recipe, judged) for recipe in finalists])
+    climbed = best([climb(recipe, scored) for recipe in finalists])
     yield (found := best([found, climbed]))
 
-    fitted = [judged(replace(climbed, plan=fit(trial, climbed))), climbed]
-    yield best([found, gauss_newton(trial, best(fitted), bar)])
+    fitted = [scored(replace(climbed, plan=fit(judge, climbed))), climbed]
+    yield best([found, gauss_newton(judge, best(fitted), bar)])
 
 
-def search_alike(trial: Trial, budget: float, costs: Costs, whole: Recipe, bar: tqdm) -> Iterator[Recipe]:
-    """The like for plans with the steps of `whole`, the uncached run that is the reference; reuse comes first."""
-    steps, helds, judged = whole.plan.steps, [], partial(judge, trial, bar=bar)
-    for branch in costs.partial:
+def search_alike(judge: Judge, budget: float, costs: Costs, whole: Recipe, bar: tqdm) -> Iterator[Recipe]:
+    """Ever better recipes with the steps of `whole`, the uncached run that is the judge's reference; first, reuse."""
+    steps, helds, scored = whole.plan.steps, [], partial(judge.score, bar=bar)
+    for branch in BRANCHES[: len(judge.benchmark.unet.D)]:
         plans = (uniform(steps, interval, branch) for interval in range(2, steps + 1))
         helds += [replace(whole, plan=plan) for plan in plans if costs(plan) <= budget][:1]
     if not helds:
         raise ValueError(f"no plan of {steps} steps costs {budget:.3g} full passes or less")
-    yield (found := min(map(judged, helds), key=error_of))
+    yield (found := min(map(scored, helds), key=error_of))
     for held in helds:
         linear = from_refreshes(steps, held.plan.branch, held.plan.refresh, "linear")
-        for plan in (linear, fit(trial, held)):
-            found = min(found, judged(replace(held, plan=plan)), key=error_of)
+        for plan in (linear, fit(judge, held)):
+            found = min(found, scored(replace(held, plan=plan)), key=error_of)
     yield found
     if whole.sampler != "ddpm":
-        yield (found := climb(found, judged))
-        yield gauss_newton(trial, found, bar)
+        yield (found := climb(found, scored))
+        yield gauss_newton(judge, found, bar)
 
 
-def climb(recipe: Recipe, judged: Callable[[Recipe], Recipe]) -> Recipe:
+def climb(recipe: Recipe, scored: Callable[[Recipe], Recipe]) -> Recipe:
     """Move refreshes, one at a time, while the error falls; MOVES tries, shared evenly among them."""
     steps, branch = recipe.plan.steps, recipe.plan.branch
     tries = [(k, by) for by in (-1, 1, -2, 2) for k in range(1, len(recipe.plan.refresh))]
@@ -137,68 +136,17 @@ def climb(recipe: Recipe, judged: Callable[[Recipe], Recipe]) -> Recipe:
         refresh = list(recipe.plan.refresh)
         refresh[k] += by
         if refresh == sorted(set(refresh)) and 0 < refresh[k] < steps:
-            moved = judged(replace(recipe, plan=from_refreshes(steps, branch, refresh, "linear")))
+            moved = scored(replace(recipe, plan=from_refreshes(steps, branch, refresh, "linear")))
             recipe = min(recipe, moved, key=error_of)
     return recipe
 
 
-def fit(trial: Trial, recipe: Recipe) -> CachePlan:
-    """The plan with the alphas that forecast best, in least squares, the features Y of the uncached run:
-
-    alpha_t = sum <Y_t - Y_j, Y_j - Y_i> / sum |Y_j - Y_i|^2, i < j the last two refreshes before t.
-    """
-    plan = recipe.plan
-    settings = replace(recipe, plan=full(plan.steps, plan.branch)).settings(trial.fingerprint)
-    alpha, older, newer = [0.0] * plan.steps, None, None
-    for step in denoise(trial.unet, trial.seeds, x_T=trial.x_T, **settings):
-        if step.i in plan.refresh:
-            older, newer = newer, step.cached_U
-        elif older is not None:
-            slope = newer - older
-            alpha[step.i] = ((step.cached_U - newer) * slope).sum().item() / slope.square().sum().item()
-    return replace(plan, alpha=tuple(alpha))
-
-
-def gauss_newton(trial: Trial, recipe: Recipe, bar: tqdm) -> Recipe:
-    """One step of Gauss-Newton on all alphas together, for the mean of the images' errors; damped until it helps.
-
-    The images are almost linear in the alphas near the optimum, so their derivatives, by differences, and one linear
-    system do what a search along each alpha would take hundreds of runs for.
-    """
-    norms = trial.reference.flatten(1).norm(dim=1, keepdim=True)
-
-    def residuals(alpha: tuple[float, ...]) -> Tensor:  # [seeds, CHW]
-        bar.update()
-        images = trial.images(replace(recipe, plan=replace(recipe.plan, alpha=alpha)))
-        return ((images - trial.reference).flatten(1) / norms).double().cpu()
-
-    alpha, plan = recipe.plan.alpha, recipe.plan
-    second = plan.refresh[1] if len(plan.refresh) > 1 else plan.steps
-    free = [i for i in range(second, plan.steps) if i not in plan.refresh]
-    if not free:
-        return recipe
-    r = residuals(alpha)
-    weights = r.norm(dim=1, keepdim=True).rsqrt()  # from the squares' sum to the norms' sum
-    J = [(residuals((*alpha[:i], alpha[i] + DELTA, *alpha[i + 1 :])) - r) / DELTA * weights for i in free]
-    J = torch.stack(J).flatten(1)  # [free, seeds * CHW]
-    A, b = J @ J.T, J @ (r * weights).flatten()
-    for damping in (1e-3, 1e-2, 1e-1, 1.0):
-        change = torch.linalg.solve(A + damping * A.diagonal().diag(), b)
-        moved = list(alpha)
-        for i, by in zip(free, change.tolist()):
-            moved[i] -= by
-        error = residuals(tuple(moved)).norm(dim=1).mean().item()
-        if error < recipe.error:
-            recipe = replace(recipe, plan=replace(plan, alpha=tuple(moved)), error=error)
-    return recipe
-
-
-def checked(check: Trial, found: Recipe, baselines: list[Recipe]) -> Recipe:
+def checked(check: Judge, found: Recipe, baselines: list[Recipe]) -> Recipe:
     """The best on seeds that the search has not seen, with its error there."""
-    return min((judge(check, recipe) for recipe in (found, *baselines)), key=error_of)
+    return min(map(check.score, (found, *baselines)), key=error_of)
 
 
-def report(found: Recipe, held_out: Trial, baselines: list[Recipe], costs: Costs) -> str:
+def report(found: Recipe, held_out: Judge, baselines: list[Recipe], costs: Costs) -> str:
     """A table of errors on held-out seeds, in Markdown."""
     lines = ["| held-out seeds | cost | mean error | median | worst |", "|---|---|---|---|---|"]
     for recipe in [*baselines, found]:
@@ -210,42 +158,55 @@ def report(found: Recipe, held_out: Trial, baselines: list[Recipe], costs: Costs
     return "\n".join(lines)
 
 
-def main(args: argparse.Namespace) -> None:
-    unet = load(args.ckpt, device=choose_device(args.device))
-    start, draw = args.start, args.data and source(args.data, unet.config.image_size)
-    costs = Costs(unet, args.unit == "seconds")
-    samplers = SOLVERS if args.sampler == "auto" else (args.sampler,)
+def costs_of(unet: UNet, unit: str) -> tuple[Costs, float]:
+    """What plans cost in full passes, by MACs or (seconds) by the clock; and the size of a full pass in this unit."""
+    if unit == "seconds":
+        seconds = clock(unet)
+        whole = seconds(uncached(1))
+        return lambda plan: seconds(plan) / whole, whole
+    return partial(full_passes, unet), {"passes": 1.0, "gmacs": macs(unet) / 1e9}[unit]
+
+
+def check(args: argparse.Namespace, unit: float) -> None:
+    """Refuse what does not go together; unit: the size of a full pass, in --unit."""
     if args.sampler == ("ddpm" if args.steps is None else "auto"):
         raise ValueError(f"--sampler {args.sampler} {'needs' if args.steps is None else 'contradicts'} --steps")
-    whole = None
-    if args.steps is not None:
-        whole = Recipe(full(args.steps), args.sampler, start=start, fingerprint=fingerprint(unet))
-    folder = not args.out.endswith(".json")
-    if not folder and len(args.budget) > 1:
+    if args.out.endswith(".json") and len(args.budget) > 1:
         raise ValueError(f"--out {args.out}: {len(args.budget)} budgets need a folder, not a .json")
-    unit = {"passes": 1.0, "gmacs": costs.unit / 1e9, "seconds": costs.unit}[args.unit]  # of one full pass
     for budget in args.budget:
         if not 2 * unit <= budget <= 1000 * unit:
             allowed = "" if args.unit == "passes" else f" ({2 * unit:.3g} to {1000 * unit:.4g} {args.unit})"
             raise ValueError(f"--budget {budget:g}: {args.ckpt} can be planned for 2 to 1000 full passes{allowed}")
 
-    (Path(args.out) if folder else Path(args.out).parent).mkdir(parents=True, exist_ok=True)
+
+def main(args: argparse.Namespace) -> None:
+    unet = load(args.ckpt, device=choose_device(args.device))
+    benchmark = Benchmark(unet, fingerprint(unet), args.start, args.data and source(args.data, unet.config.image_size))
+    costs, unit = costs_of(unet, args.unit)
+    check(args, unit)
+    samplers = SOLVERS if args.sampler == "auto" else (args.sampler,)
+    whole = None
+    if args.steps is not None:
+        spacing = None if args.start is None else "trailing"  # which begins where the noised images are
+        whole = Recipe(uncached(args.steps), args.sampler, spacing, start=args.start, fingerprint=benchmark.fingerprint)
+    folder = None if args.out.endswith(".json") else Path(args.out)
+    (folder or Path(args.out).parent).mkdir(parents=True, exist_ok=True)
 
     @cache
-    def on(seeds: range) -> Trial:  # its reference takes a while, and the search needs that of its own seeds alone
-        return trial(unet, seeds, whole, draw=draw, start=start, progress=True)
+    def on(seeds: range) -> Judge:  # its reference takes a while, and the search needs that of its own seeds alone
+        return Judge.on(benchmark, seeds, whole)
 
     for budget in args.budget:
-        passes, search_seeds = budget / unit, on(CALIBRATION)
-        out = Path(args.out) / f"{Path(args.ckpt).stem}-{budget:g}.json" if folder else Path(args.out)
+        out = folder / f"{Path(args.ckpt).stem}-{budget:g}.json" if folder else Path(args.out)
+        judge, budget_passes, baselines = on(CALIBRATION), budget / unit, []
         with tqdm(desc=f"budget {budget:g}", unit="plan", disable=None) as bar:
             if whole:
-                baselines, progress = [], search_alike(search_seeds, passes, costs, whole, bar)
+                progress = search_alike(judge, budget_passes, costs, whole, bar)
             else:
-                fewer = uncached(unet, min(int(passes), start or unet.diffusion.num_timesteps), samplers, start)
-                judged = [judge(search_seeds, recipe) for recipe in fewer]
-                baselines = [min((r for r in judged if r.sampler == name), key=error_of) for name in samplers]
-                progress = search(search_seeds, passes, costs, judged, bar)
+                fewer = benchmark.fewer_steps(min(int(budget_passes), benchmark.limit), samplers)
+                scored = [judge.score(recipe) for recipe in fewer]
+                baselines = [min((r for r in scored if r.sampler == name), key=error_of) for name in samplers]
+                progress = search(judge, budget_passes, costs, scored, bar)
             for found in progress:
                 found.save(out)  # whoever interrupts the search keeps the best so far
                 baselines = baselines or [found]
@@ -260,12 +221,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
     add("--budget", type=float, nargs="+", default=[20.0], help="cost of an image, in --unit (default: 20)")
-    add(
-        "--unit",
-        choices=("passes", "gmacs", "seconds"),
-        default="passes",
-        help="full passes (default), GMACs or seconds",
-    )
+    add("--unit", choices=UNITS, default="passes", help="full passes (default), GMACs or seconds")
     add("--sampler", default="auto", choices=("auto", *SOLVERS, "ddpm"), help="default auto: the best without noise")
     add("--steps", type=int, help="be like uncached sampling with so many steps; with --sampler, and needed for ddpm")
     add("--data", help="begin from these images (shapes, cifar10, a folder or zip), noised to --start")

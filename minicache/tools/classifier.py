@@ -3,16 +3,18 @@
     python -m minicache classifier --data cifar10-train.zip --test cifar10-test.zip --out weights/cifar10_classifier.pt
 
 --data and --test: "cifar10" (downloaded, hash checked), or a folder or zip with one folder of images a class. FID's
-own features are those of Inception, trained on ImageNet (minicache.metrics fid); these are 128 numbers that tell ten
+own features are those of Inception, trained on ImageNet (`fid`); these are 128 numbers that tell ten
 classes apart, and Frechet distances in them are comparable with each other alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from minicache.placement import choose_device, fastest_dtype
 from minicache.tools import Parser
 
 FEATURES = 128
+CLASSES = 10
 
 
 def block(c_in: int, c_out: int) -> nn.Sequential:
@@ -53,7 +56,7 @@ class Classifier(nn.Module):
             block(64, FEATURES), Residual(FEATURES), nn.MaxPool2d(2),
             Residual(FEATURES),
         )  # fmt: skip
-        self.head = nn.Linear(FEATURES, 10)
+        self.head = nn.Linear(FEATURES, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
         """[B, 128]: what the last layer decides by."""
@@ -64,11 +67,11 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def classifier_features(images: Tensor, batch_size: int = 250) -> Tensor:
-    """Images [B, 3, 32, 32] in [-1, 1] -> [B, 128] float64, by the classifier that ships; else ValueError."""
-    if images.shape[1:] != (3, 32, 32):
-        raise ValueError(f"the classifier's features are for images [B, 3, 32, 32], not {list(images.shape)}")
-    return torch.cat([shipped().features(part.clamp(-1, 1)) for part in images.split(batch_size)]).double()
+def classifier_features(images: np.ndarray) -> Tensor:
+    """uint8 [B, 32, 32, 3] -> [B, 128], by the classifier that ships; ValueError for other sizes."""
+    if images.shape[1:] != (32, 32, 3):
+        raise ValueError(f"the classifier's features are for images [B, 32, 32, 3], not {list(images.shape)}")
+    return shipped().features(to_tensor(images))
 
 
 @cache
@@ -124,17 +127,33 @@ def train(images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: floa
     return classifier
 
 
-def main(args: argparse.Namespace) -> None:
+def checked_data(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and classes to train on, then those to test with; ValueError for flags or classes that do not fit."""
     for name in ("epochs", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    images, labels = labelled(args.data, "train")
-    test_images, test_labels = labelled(args.test, "test")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr:g} must be positive and finite")
+    images, labels, names = labelled(args.data, "train")
+    test_images, test_labels, test_names = labelled(args.test, "test")
+    if len(names) > CLASSES:
+        raise ValueError(f"--data {args.data} has {len(names)} classes; the classifier tells {CLASSES} apart at most")
+    if names != test_names:
+        raise ValueError(f"--data has the classes {', '.join(names)}, and --test {', '.join(test_names)}")
+    if args.batch_size > len(images):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} images of --data")
+    return images, labels, test_images, test_labels
+
+
+def main(args: argparse.Namespace) -> None:
+    images, labels, test_images, test_labels = checked_data(args)
     classifier = train(images, labels, args.epochs, args.batch_size, args.lr, choose_device(args.device))
-    score = accuracy(classifier, test_images, test_labels)
     state = {
         name: tensor.cpu().half() for name, tensor in classifier.state_dict().items() if tensor.is_floating_point()
     }
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise ValueError(f"--lr {args.lr:g}: the weights became NaN or infinite; try a smaller --lr")
+    score = accuracy(classifier, test_images, test_labels)
     with replacing(Path(args.out)) as temporary:
         torch.save({"state_dict": state, "accuracy": score}, temporary)
     print(f"{args.out}: {score:.2%} of {len(test_labels)} test images are classified right")

@@ -15,8 +15,8 @@ from minicache.tools import Parser
 
 def main(args: argparse.Namespace) -> None:
     a, b = read_samples(args.samples), read_samples(args.reference)
-    print(f"FID {fid(a, b):.3f} ({len(a)} images against {len(b)})", flush=True)
-    if len(a) < 50_000:
+    print(f"FID {fid(a, b):.3f} ({a.shape[0]} images against {b.shape[0]})", flush=True)
+    if a.shape[0] < 50_000:
         print("  fewer than the 50,000 samples of published values, which are lower: not comparable with them")
 
 
