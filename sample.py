@@ -30,7 +30,7 @@ from minicache.checkpoints import REGISTRY, embedded_folder
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import VARIANCES
 from minicache.images import beside, enlargement, grid, save_gif, save_png, to_uint8
-from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose, place
+from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose_placement, place
 from minicache.plan import FORECASTS
 from minicache.recipe import recipes_in
 from minicache.samplers import SAMPLERS, SPACINGS, STEPS
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--compare is for pictures to look at, .png or .gif, not for --out {out}")
     if world > 1 and shown:
         raise ValueError(f"--out {out}: {world} processes share the work of an .npz or a folder, not of one picture")
-    placement = choose(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
+    placement = choose_placement(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
     unet = place(load(args.ckpt), placement)
     recipe = recipe or recipe_within(args, unet)
     settings = {**recipe.settings(unet.fingerprint), "clip_x0": args.clip}

@@ -1,4 +1,7 @@
-"""Where and how a network computes: device, dtype, memory format, compilation; and what "auto" chooses, and why."""
+"""Where and how a network computes: device, dtype, memory format, compilation; and what "auto" chooses, and why.
+
+`choose_placement` decides, `place` carries it out.
+"""
 
 from __future__ import annotations
 
@@ -47,17 +50,18 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def choose(
+def choose_placement(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     memory_format: str | torch.memory_format = "auto",
     compile: str | bool = "auto",
 ) -> Placement:
-    """Decide what is "auto"; names are those of DTYPES and MEMORY_FORMATS. ValueError for others.
+    """What was asked for, with every "auto" decided by the hardware. ValueError for a name that is not known.
 
-    dtype: bfloat16 where the hardware multiplies it, else float16 on a GPU, else float32. memory_format: channels_last,
-    faster by a tenth or more wherever it was measured (not on mps). compile: on a GPU alone; on a CPU it takes a
-    minute, and gains little over channels_last.
+    device: see `choose_device`. dtype, by a name of DTYPES or torch's own: auto is `fastest_dtype`. memory_format,
+    by a name of MEMORY_FORMATS or torch's own: auto is channels_last, faster by a tenth or more wherever it was
+    measured, but contiguous on mps. compile: auto is True on cuda alone; a CPU takes a minute to compile, and gains
+    little over channels_last.
     """
     for name, value, names in (("dtype", dtype, DTYPES), ("memory_format", memory_format, MEMORY_FORMATS)):
         if value not in ("auto", *names, *names.values()):
@@ -78,7 +82,10 @@ def choose(
 
 
 def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """And why."""
+    """The dtype in which the device multiplies fastest, and the reason as a part of a sentence.
+
+    bfloat16 where the hardware multiplies it, else float16 on a GPU of NVIDIA's, else float32.
+    """
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "bfloat16, which this GPU multiplies"

@@ -5,12 +5,12 @@ import torch
 from conftest import noise, random_unet, relative
 
 from minicache import denoise, load, sample, uniform
-from minicache.placement import choose, compiled, place
+from minicache.placement import choose_placement, compiled, place
 
 
 def auto_on(monkeypatch, **capabilities):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    return choose("cpu")
+    return choose_placement("cpu")
 
 
 def test_auto_goes_by_the_hardware(monkeypatch):
@@ -21,21 +21,21 @@ def test_auto_goes_by_the_hardware(monkeypatch):
         assert (able.dtype, able.memory_format, able.compile) == (torch.bfloat16, torch.channels_last, False)
         assert name in able.why and "channels_last" in str(able) and "cpu" in str(able)
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert choose("cpu").dtype == torch.float32  # older releases of torch
+    assert choose_placement("cpu").dtype == torch.float32  # older releases of torch
 
 
 def test_what_is_asked_for_is_what_one_gets(monkeypatch):
-    placement = choose("cpu", "bfloat16", "contiguous", True)
+    placement = choose_placement("cpu", "bfloat16", "contiguous", True)
     assert (placement.dtype, placement.memory_format, placement.compile, placement.why) == (
         torch.bfloat16, torch.contiguous_format, True, "")  # fmt: skip
-    assert choose("cpu", torch.float32, torch.channels_last).memory_format == torch.channels_last
+    assert choose_placement("cpu", torch.float32, torch.channels_last).memory_format == torch.channels_last
     for wrong, words in (
         (("float64",), "dtype='float64' is none of auto, float32"),
         (("auto", "nchw"), "memory_format='nchw'"),
         (("auto", "auto", "maybe"), "compile='maybe'"),
     ):
         with pytest.raises(ValueError, match=words):
-            choose("cpu", *wrong)
+            choose_placement("cpu", *wrong)
 
 
 def test_low_precision_is_near_and_the_state_stays_float32(unet):
@@ -60,7 +60,7 @@ def test_one_graph_for_full_and_one_for_partial_whatever_the_plan(monkeypatch):
         torch, "compile", lambda forward, dynamic, mode: original(forward, backend=count, dynamic=dynamic)
     )
     torch._dynamo.reset()
-    unet = place(random_unet(), choose("cpu", "float32", compile=True))
+    unet = place(random_unet(), choose_placement("cpu", "float32", compile=True))
     expected = random_unet()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for plan, settings in ((uniform(6, 3, 2), {}), (uniform(9, 2, 2, "linear"), {"sampler": "plms"})):

@@ -27,7 +27,7 @@ from minicache.data import cifar10
 from minicache.files import replacing
 from minicache.images import to_uint8
 from minicache.metrics import fid, frechet_distance, psnr, read_samples
-from minicache.placement import COMPILE, DTYPES, choose, place
+from minicache.placement import COMPILE, DTYPES, choose_placement, place
 from minicache.plan import full, nonuniform, uniform
 from minicache.recipe import Recipe, recipes_in
 from minicache.samplers import SPACINGS, sample
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         real = rearrange(cifar10("train")[0], "n c h w -> n h w c").numpy()
     else:
         real = read_samples(args.real)
-    placement = choose(args.device, args.dtype, compile=COMPILE[args.compile])
+    placement = choose_placement(args.device, args.dtype, compile=COMPILE[args.compile])
     unet = place(load(args.ckpt), placement)
     size = unet.config.image_size
     if real.shape[1:] != (size, size, 3):
