@@ -44,7 +44,7 @@ def unet_features(unet: UNet, images: Tensor, batch_size: int = 64) -> Tensor:
     signal = unet.diffusion.alphas_bar[t].sqrt().item()
     parts = images.clamp(-1, 1).split(batch_size)
     middles = [unet.forward_full(signal * part, t, branch=len(unet.D))[1] for part in parts]
-    return torch.cat([middle.mean((2, 3)) for middle in middles]).double().cpu()
+    return torch.cat([middle.mean((2, 3)) for middle in middles]).cpu().double()  # mps has no float64
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -38,10 +38,13 @@ class Placement:
 def choose_device(name: str | torch.device = "auto") -> torch.device:
     """The device of that name; ValueError for one that is not here.
 
-    auto: cuda where there is one, each of torchrun's processes on its own.
+    auto: cuda where there is one, each of torchrun's processes on its own; else mps where there is one; else the CPU.
     """
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which the meta device, for one, has not

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import noise, random_unet, relative
+from torch.overrides import TorchFunctionMode
 
 from minicache import denoise, load, sample, uniform
-from minicache.placement import choose_placement, compiled, place
+from minicache.metrics import unet_features
+from minicache.placement import choose_device, choose_placement, compiled, place
 
 
 def auto_on(monkeypatch, **capabilities):
@@ -22,6 +24,15 @@ def test_auto_goes_by_the_hardware(monkeypatch):
         assert name in able.why and "channels_last" in str(able) and "cpu" in str(able)
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert choose_placement("cpu").dtype == torch.float32  # older releases of torch
+
+
+@pytest.mark.parametrize(("cuda", "mps", "name"), [(True, True, "cuda:1"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_takes_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(shape))  # every device seems to work
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == torch.device(name)
 
 
 def test_what_is_asked_for_is_what_one_gets(monkeypatch):
@@ -45,6 +56,22 @@ def test_low_precision_is_near_and_the_state_stays_float32(unet):
     steps = list(denoise(low, **settings))
     assert steps[-1].x.dtype == steps[-1].eps.dtype == torch.float32 and steps[-1].cached_U.dtype == torch.bfloat16
     assert 0 < relative(steps[-1].x, sample(load("tiny"), **settings)) < 0.02
+
+
+def test_float64_is_for_the_cpu_alone(unet):
+    """mps has no float64: what is to be double has to be on the CPU before."""
+
+    class AsOnMps(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.double and not hasattr(args[0], "on_cpu"):
+                raise TypeError("mps has no float64")
+            result = function(*args, **kwargs or {})
+            if function is torch.Tensor.cpu:
+                result.on_cpu = True
+            return result
+
+    with AsOnMps():
+        assert unet_features(unet, noise(2, 3, 16, 16)).dtype == torch.float64
 
 
 def test_one_graph_for_full_and_one_for_partial_whatever_the_plan(monkeypatch):
