@@ -11,7 +11,7 @@ import torch
 
 from minicache.convert import read
 from minicache.files import cache_folder, fetch
-from minicache.placement import choose, place
+from minicache.placement import choose_placement, place
 from minicache.unet import UNet, UNetConfig
 
 
@@ -70,8 +70,8 @@ def load(
     """A network from a name or path, in eval mode, with `.config`, `.diffusion` and `.fingerprint`.
 
     name_or_path: see `python -m minicache list`, or any file or folder that `convert.read` knows; config: for
-    bare state dicts whose shapes leave it open. device, dtype, memory_format, compile: see `placement.choose`, which
+    bare state dicts whose shapes leave it open. device, dtype, memory_format, compile: see `choose_placement`, which
     knows what is best where any of them is "auto". Raises ValueError, or ConnectionError where a download fails.
     """
-    placement = choose(device, dtype, memory_format, compile)
+    placement = choose_placement(device, dtype, memory_format, compile)
     return place(read(locate(name_or_path), config), placement)
