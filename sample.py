@@ -31,7 +31,7 @@ from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import SPACINGS, VARIANCES
 from minicache.images import beside, enlargement, grid, save_gif, save_png, to_tensor, to_uint8
 from minicache.metrics import psnr
-from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose, place
+from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose_placement, place
 from minicache.plan import FORECASTS
 from minicache.recipe import nearest_recipe, recipe_from, recipe_from_file, recipes_in
 from minicache.samplers import SAMPLERS, STEPS
@@ -56,13 +56,14 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--compare is for pictures to look at, .png or .gif, not for --out {out}")
     if world > 1 and one_picture:
         raise ValueError(f"--out {out}: {world} processes share the work of an .npz or a folder, not of one picture")
-    placement = choose(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
+    placement = choose_placement(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
     unet = load(args.ckpt)
     weights = fingerprint(unet)  # before they change their dtype
     recipe = recipe or recipe_within(args, unet, weights)
     recipe = recipe if args.clip is None else replace(recipe, clip_x0=args.clip)
     settings = recipe.settings(weights)
-    denoise(place(unet, placement), seeds[-1:], **settings)  # refuses now what it would refuse later
+    unet = place(unet, placement)
+    denoise(unet, seeds[-1:], **settings)  # refuses now what it would refuse later
     unet.cached_shape(recipe.plan.branch, *[unet.config.image_size] * 2)
     prepare_out(out, (".png", ".gif", ".npz"))
     if rank == 0:
@@ -178,7 +179,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="sample.py", doc=__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", default="tiny", help="a name (python -m minicache list shows them), file or folder; default tiny")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda or mps where there is one, else cpu")
     add("--dtype", default="float32", choices=("auto", *DTYPES), help="of the network; default float32")
     formats = ("auto", *(name.replace("_", "-") for name in MEMORY_FORMATS))
     add("--memory-format", default="auto", choices=formats, help="default auto: channels-last")

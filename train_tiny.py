@@ -69,7 +69,7 @@ class Settings:
     ema: float = flag(0.999, "decay of the averaged weights")
     jitter: float = flag(0.05, "how much the noise's amplitude varies from image to image")
     seed: int = flag(0, "of the first weights, the images and the noise")
-    device: str = flag("auto", "cpu, cuda, mps; auto: cuda where there is one")
+    device: str = flag("auto", "cpu, cuda, mps; auto: cuda or mps where there is one, else cpu")
     dtype: str = flag("auto", "auto: bfloat16 where the hardware has it", choices=("auto", "float32", "bfloat16"))
     preview_every: int = flag(2000, "steps between sample grids")
     save_every: int = flag(500, "steps between checkpoints")

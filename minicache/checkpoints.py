@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minicache.diffusion import Diffusion
 from minicache.files import cache_folder, fetch, replacing
-from minicache.placement import choose, place
+from minicache.placement import choose_placement, place
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -87,10 +87,10 @@ def load(
     """A network from a name or path, in eval mode, with its `.config` and `.diffusion`.
 
     name_or_path: see `python -m minicache list`, or any file or folder that `read` knows; config, diffusion: see
-    `read`. device, dtype, memory_format, compile: see `placement.choose`, which knows what is best where any of them is
+    `read`. device, dtype, memory_format, compile: see `choose_placement`, which knows what is best where any of them is
     "auto". Raises ValueError, or ConnectionError where a download fails.
     """
-    placement = choose(device, dtype, memory_format, compile)
+    placement = choose_placement(device, dtype, memory_format, compile)
     return place(read(locate(name_or_path), config, diffusion), placement)
 
 

@@ -1,10 +1,14 @@
-"""Where and how a network computes: device, dtype, memory format, compilation; and what "auto" chooses, and why."""
+"""Where and how a network computes: device, dtype, memory format, compilation; and what "auto" chooses, and why.
+
+`choose_placement` decides, `place` carries it out.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +19,10 @@ from minicache.unet import UNet
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILE = {"auto": "auto", "yes": True, "no": False}  # as flags say it
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DYNAMO = {
+    "cache_size_limit": 256,  # graphs of a pass; dynamo's own limit is 8, and beyond it passes would run uncompiled
+    "skip_nnmodule_hook_guards": False,  # a hook that is set after the first pass is called, too
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,13 @@ class Placement:
 def choose_device(name: str | torch.device = "auto") -> torch.device:
     """The device of that name; ValueError for one that is not here.
 
-    auto: cuda where there is one, each of torchrun's processes on its own.
+    auto: cuda where there is one, each of torchrun's processes on its own; else mps where there is one; else the CPU.
     """
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which the meta device, for one, has not
@@ -47,17 +58,18 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def choose(
+def choose_placement(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     memory_format: str | torch.memory_format = "auto",
     compile: str | bool = "auto",
 ) -> Placement:
-    """Decide what is "auto"; names are those of DTYPES and MEMORY_FORMATS. ValueError for others.
+    """What was asked for, with every "auto" decided by the hardware. ValueError for a name that is not known.
 
-    dtype: bfloat16 where the hardware multiplies it, else float16 on a GPU, else float32. memory_format: channels_last,
-    faster by a tenth or more wherever it was measured (not on mps). compile: on a GPU alone; on a CPU it takes a
-    minute, and gains little over channels_last.
+    device: see `choose_device`. dtype, by a name of DTYPES or torch's own: auto is `fastest_dtype`. memory_format,
+    by a name of MEMORY_FORMATS or torch's own: auto is channels_last, faster by a tenth or more wherever it was
+    measured, but contiguous on mps. compile: auto is True on cuda alone; a CPU takes a minute to compile, and gains
+    little over channels_last.
     """
     for name, value, names in (("dtype", dtype, DTYPES), ("memory_format", memory_format, MEMORY_FORMATS)):
         if value not in ("auto", *names, *names.values()):
@@ -78,7 +90,10 @@ def choose(
 
 
 def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """And why."""
+    """The dtype in which the device multiplies fastest, and the reason as a part of a sentence.
+
+    bfloat16 where the hardware multiplies it, else float16 on a GPU of NVIDIA's, else float32.
+    """
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "bfloat16, which this GPU multiplies"
@@ -97,22 +112,46 @@ def cpu_capabilities() -> dict[str, Any]:
 
 
 def place(unet: UNet, placement: Placement) -> UNet:
-    """The network itself, moved, converted and compiled in place."""
+    """Move and convert a network in place, and return it: a `Compiled` that shares it, where the placement compiles."""
     unet.to(placement.device, placement.dtype, memory_format=placement.memory_format)
-    if placement.compile:
-        graphs = placement.device.type == "cuda"
-        unet.forward_full = compiled(unet.forward_full, graphs)
-        unet.forward_partial = compiled(unet.forward_partial, graphs)
-    return unet
+    return Compiled(unet) if placement.compile else unet
 
 
+class Compiled(UNet):
+    """A network whose two passes run compiled; weights, hooks and all else are those of the network it is made of.
+
+    What is compiled is no part of the object, and takes the network as an argument: a copy, or what pickle restores,
+    runs its own weights.
+    """
+
+    def __init__(self, unet: UNet):
+        self.__dict__ = unet.__dict__  # shared, not copied: a change of one is a change of both
+
+    def forward_full(
+        self, x: Tensor, t: float | Tensor, branch: int = 3, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return compiled(UNet.forward_full, x.is_cuda)(self, x, t, branch, context)
+
+    def forward_partial(
+        self, x: Tensor, t: float | Tensor, cached_U: Tensor, branch: int = 3, context: Tensor | None = None
+    ) -> Tensor:
+        return compiled(UNet.forward_partial, x.is_cuda)(self, x, t, cached_U, branch, context)
+
+
+@cache
 def compiled(forward: Callable, cuda_graphs: bool) -> Callable:
-    """One static graph for each shape and branch, whatever the timestep. What it returns is the caller's to keep: the
-    outputs of a CUDA graph lie in memory that its next replay overwrites, and so are cloned."""
+    """A pass of UNet, compiled: one static graph for each shape, dtype and branch, whatever the timestep and weights.
+
+    What it returns is the caller's to keep: the outputs of a CUDA graph lie in memory that its next replay overwrites,
+    and so are cloned.
+    """
     graph = torch.compile(forward, dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
 
-    def call(x: Tensor, t: int | Tensor, *args, **kwargs):
-        outputs = graph(x, torch.as_tensor(t, device=x.device).reshape(-1), *args, **kwargs)
+    def call(unet: UNet, x: Tensor, t: float | Tensor, *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(t, Tensor) or 0 <= t <= 999:  # another number is left to the network, which refuses it
+            t = torch.as_tensor(t, device=x.device).reshape(-1)  # a number would become a part of the graph
+        with torch._dynamo.config.patch(DYNAMO):
+            outputs = graph(unet, x, t, *inputs)
         if not cuda_graphs:
             return outputs
         return outputs.clone() if isinstance(outputs, Tensor) else tuple(output.clone() for output in outputs)

@@ -5,13 +5,14 @@ import re
 import sys
 import types
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from minicache import Diffusion, UNet, UNetConfig
+from minicache import Diffusion, UNet, UNetConfig, placement
 from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION
 from minicache.formats.pesser import PESSER
 
@@ -148,3 +149,19 @@ class Recorder(torch.nn.Module):
     def forward_full(self, x, t, branch, context=None):
         self.seen.append(x.clone())
         return torch.zeros_like(x), x
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compilation without the compiler: every graph that dynamo traces is noted here, and run as it is."""
+    traced, original = [], torch.compile
+
+    def note(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda forward, mode, **settings: original(forward, backend=note, **settings))
+    monkeypatch.setattr(placement, "compiled", cache(placement.compiled.__wrapped__))
+    torch._dynamo.reset()
+    yield traced
+    torch._dynamo.reset()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import noise, random_unet, relative
 
-from minicache import Diffusion, load, sample, uniform
+from minicache import Diffusion, UNet, UNetConfig, load, sample, uniform
 from minicache.checkpoints import fingerprint, save
 from minicache.tools import export
 
@@ -58,3 +58,9 @@ def test_wrong_flags(net, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"needs onnx: pip install 'minicache\[onnx\]'"):
         export.main(export.parse(["--ckpt", str(net), "--out", str(tmp_path / "x")]))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_network_with_a_context_is_refused():
+    """Its graphs would know the null context alone, without a word."""
+    with pytest.raises(ValueError, match="takes a context"):
+        export.programs(UNet(UNetConfig(2, 32, (1,), 1, (), context_dim=8, num_tokens=5)), 1)

@@ -8,7 +8,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch's words, on every device
+
+
+class Debug(argparse.Action):
+    """--debug is MINICACHE_DEBUG=1, for this process and those that it starts; it leaves nothing in the Namespace."""
+
+    def __call__(self, *_: Any) -> None:
+        os.environ["MINICACHE_DEBUG"] = "1"
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,17 +26,22 @@ class Parser(argparse.ArgumentParser):
     doc: a module's, whose first paragraph is the description, and the rest the epilog.
     """
 
-    def __init__(self, doc: str | None = None, **settings):
+    def __init__(self, doc: str | None = None, **settings: Any):
         if doc is not None:
             settings["description"], _, settings["epilog"] = doc.partition("\n\n")
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        what = "show where an error comes from, as MINICACHE_DEBUG=1 in the environment does"
+        self.add_argument("--debug", action=Debug, nargs=0, default=argparse.SUPPRESS, help=what)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help shows what is allowed\n")
 
 
 def run(name: str, command: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit; what a person, the disk or the network did wrong is said without a traceback."""
+    """Run a command and exit; what a person, the disk or the network did wrong is said in a sentence.
+
+    So is a lack of memory. Any other exception is a bug and keeps its traceback; with --debug, all do.
+    """
     try:
         sys.exit(command() or 0)
     except KeyboardInterrupt:
@@ -35,14 +49,14 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, RuntimeError) as error:
-        # torch says with a RuntimeError that memory is too little; any other one is a bug, and keeps its traceback
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        said = str(error).strip()
+        bug = isinstance(error, RuntimeError) and not any(words in said for words in TOO_LITTLE_MEMORY)
+        if bug or os.environ.get("MINICACHE_DEBUG") == "1":
             raise
-        said = str(error).splitlines()[0]
         if isinstance(error, OSError) and error.strerror and error.filename:
             said = f"{error.filename}: {error.strerror}"
-        print(f"{name}: {said}", file=sys.stderr)
+        print(f"{name}: {said.splitlines()[0] if said else type(error).__name__}", file=sys.stderr)
         sys.exit(2)
 
 

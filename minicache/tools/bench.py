@@ -32,7 +32,7 @@ from minicache.diffusion import Diffusion
 from minicache.files import replacing
 from minicache.formats.diffusers import save_diffusers
 from minicache.metrics import psnr
-from minicache.placement import Placement, choose, cpu_capabilities, place
+from minicache.placement import Placement, choose_placement, cpu_capabilities, place
 from minicache.plan import full, uniform
 from minicache.samplers import sample
 from minicache.tools import Parser
@@ -105,9 +105,15 @@ def diffusers_ddim(model: torch.nn.Module, batch: int, steps: int) -> Tensor:
     return x.cpu()
 
 
-def timed(candidates: dict[Any, Callable[[], Any]], rounds: int, what: str) -> tuple[dict[Any, float], dict[Any, Any]]:
-    """Median seconds, and last result, of each; a first round, which prepares kernels, does not count."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def timed(
+    candidates: dict[Any, Callable[[], Any]], rounds: int, what: str, device: torch.device
+) -> tuple[dict[Any, float], dict[Any, Any]]:
+    """Median seconds, and last result, of each; a first round, which prepares kernels, does not count.
+
+    Before each look at the clock, all that was given to the device is done: cuda and mps take work without doing it.
+    """
+    synchronize = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize}
+    wait = synchronize.get(device.type, lambda: None)
     seconds, results = {name: [] for name in candidates}, {}
     with tqdm(total=(rounds + 1) * len(candidates), desc=what, unit="run", disable=None) as bar:
         for _ in range(rounds + 1):
@@ -137,7 +143,7 @@ def bench_passes(ours: dict[str, UNet], theirs: dict[str, torch.nn.Module], batc
             candidates[label, f"branch {b}"] = lambda f=partial, x=x, t=t, cached_U=cached_U, b=b: f(x, t, cached_U, b)
     for label, model in theirs.items():
         candidates[label, "diffusers"] = lambda model=model, x=x, t=t: model(x.to(model.dtype), t)
-    seconds, _ = timed(candidates, rounds, f"passes, batch {batch}")
+    seconds, _ = timed(candidates, rounds, f"passes, batch {batch}", x.device)
 
     rows = []
     counts = {"full pass": macs(unet), **{f"branch {b}": macs(unet, b) for b in BRANCHES}}
@@ -166,7 +172,7 @@ def bench_plans(
             candidates[label, plan] = lambda placed=placed, plan=plan: sample(placed, range(batch), plan=plan).cpu()
     for label, model in theirs.items():
         candidates[label, "diffusers"] = lambda model=model: diffusers_ddim(model, batch, steps)
-    seconds, images = timed(candidates, rounds, f"plans, batch {batch}")
+    seconds, images = timed(candidates, rounds, f"plans, batch {batch}", unet.conv_out.weight.device)
 
     rows, uncached = [], plan_macs(unet, full(steps))
     for label in ours:
@@ -212,7 +218,10 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 2")
     if min(args.batch) < 1:
         raise ValueError(f"--batch {min(args.batch)} must be at least 1")
-    placements = {"float32": choose(args.device, "float32", compile=False), "auto": choose(args.device)}
+    placements = {
+        "float32": choose_placement(args.device, "float32", compile=False),
+        "auto": choose_placement(args.device),
+    }
     if placements["auto"].dtype == torch.float32 and not placements["auto"].compile:
         del placements["auto"]
     unet = network(args.ckpt)
@@ -249,6 +258,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, nargs="+", default=[1, 16], help="images at a time (default: 1 16)")
     add("--rounds", type=int, default=9, help="of passes; plans are run in 3 (default: 9)")
     add("--steps", type=int, default=20, help="of the plans (default: 20; time is proportional)")
-    add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
+    add("--device", default="auto", help="cpu, cuda, mps; default: cuda or mps where there is one, else cpu")
     add("--out", help="a folder for bench.md and bench.json")
     return parser.parse_args(argv)

@@ -226,6 +226,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="be like uncached sampling with so many steps; with --sampler, and needed for ddpm")
     add("--data", help="begin from these images (shapes, cifar10, a folder or zip), noised to --start")
     add("--start", type=int, help="timesteps that are still to go from the noised images, as 700; with --data")
-    add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
+    add("--device", default="auto", help="cpu, cuda, mps; default: cuda or mps where there is one, else cpu")
     add("--out", default="recipe.json", help="a .json; or a folder, for one <ckpt>-<budget>.json a budget")
     return parser.parse_args(argv)

@@ -167,6 +167,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=6, help="(default: 6)")
     add("--batch-size", type=int, default=250, help="(default: 250)")
     add("--lr", type=float, default=0.2, help="the highest learning rate (default: 0.2)")
-    add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
+    add("--device", default="auto", help="cpu, cuda, mps; default: cuda or mps where there is one, else cpu")
     add("--out", default="cifar10_classifier.pt", help="(default: cifar10_classifier.pt)")
     return parser.parse_args(argv)

@@ -14,8 +14,11 @@ from minicache.files import replacing
 from minicache.tools import Parser
 from minicache.unet import Downsample, UNet
 
-BOX, PITCH, GAP = 46, 34, 10  # width of a box; from row to row; more between levels
-SKIP = 300  # length of a skip
+BOX, HEIGHT = 46, 22  # of a box
+PITCH, GAP = 34, 10  # from row to row; more between levels
+LEFT, RIGHT = 120, 466  # where the boxes of D and of U begin
+DOWN, UP = LEFT + BOX // 2, RIGHT + BOX // 2  # the lines on which features go down, and up
+MIDDLE = (LEFT + RIGHT) // 2  # where M begins
 LIVE, DEEP, EDGE = "#dceefb", "#ececec", "#d1442f"  # a partial step runs it; only a full step does; cached_U
 
 
@@ -25,75 +28,102 @@ def diagram(unet: UNet, branch: int = 3) -> str:
     A partial step of this branch runs the coloured boxes alone; the red edge is cached_U, from U[branch] (or M) to
     U[branch - 1]. ValueError for a branch that the network has not.
     """
-    size, pairs = unet.config.image_size, len(unet.D)
-    C, H, W = unet.cached_shape(branch, size, size)
-    left, right = 120, 120 + BOX + SKIP
-    y, ys, side = 46, [], []
+    side = unet.config.image_size
+    shape = unet.cached_shape(branch, side, side)
+    ys, sides = rows(unet)
+    said = f"a partial step runs the {branch} outermost pairs; a full step runs everything"
+    parts = [*ends(ys[0]), *levels(ys, sides), text(MIDDLE + BOX // 2, 22, said, "middle")]
+    for i, y in enumerate(ys[:-1]):
+        parts += pair(i, y, live=i < branch)
+    parts += [*descent(ys), *ascent(ys, branch), box(MIDDLE, ys[-1], "M", live=False), *cut(ys, branch, shape)]
+    return document(parts, width=RIGHT + BOX + 170, height=ys[-1] + 40)
+
+
+def rows(unet: UNet) -> tuple[list[int], list[int]]:
+    """The top of each pair's row, and of M's below them; the side of the image that each D_i emits."""
+    side, y, ys, sides = unet.config.image_size, 46, [], []
     for D_i in unet.D:
         if isinstance(D_i, Downsample):
-            size, y = size // 2, y + GAP
+            side, y = side // 2, y + GAP
         ys.append(y)
-        side.append(size)
+        sides.append(side)
         y += PITCH
-    ys.append(y + GAP)  # M's
-    parts = []
+    return [*ys, y + GAP], sides
 
-    def box(x: int, y: int, name: str, live: bool) -> None:
-        parts.append(
-            f'<rect x="{x}" y="{y}" width="{BOX}" height="22" rx="4" fill="{LIVE if live else DEEP}" stroke="#555"/>'
-            f'<text x="{x + BOX // 2}" y="{y + 15}" text-anchor="middle">{escape(name)}</text>'
-        )
 
-    def edge(points: list[tuple[float, float]], color: str = "#555", width: float = 1.2, dashes: str = "") -> None:
-        path = " ".join(f"{x},{y}" for x, y in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" '
-            f'stroke-dasharray="{dashes}" marker-end="url(#{"red" if color == EDGE else "grey"})"/>'
-        )
+def ends(y: int) -> list[str]:
+    """x_t comes in at the first row, and eps goes out."""
+    line = y + HEIGHT // 2
+    return [
+        edge([(LEFT - 34, line), (LEFT, line)]),
+        edge([(RIGHT + BOX, line), (RIGHT + BOX + 34, line)]),
+        text(LEFT - 40, y + 15, "x_t", "end"),
+        text(RIGHT + BOX + 40, y + 15, "eps", "start"),
+    ]
 
-    down, up = left + BOX // 2, right + BOX // 2
-    edge([(left - 34, ys[0] + 11), (left, ys[0] + 11)])
-    edge([(right + BOX, ys[0] + 11), (right + BOX + 34, ys[0] + 11)])
-    parts.append(f'<text x="{left - 40}" y="{ys[0] + 15}" text-anchor="end">x_t</text>')
-    parts.append(f'<text x="{right + BOX + 40}" y="{ys[0] + 15}">eps</text>')
-    for i in range(pairs):
-        live = i < branch
-        box(left, ys[i], f"D[{i}]", live)
-        box(right, ys[i], f"U[{i}]", live)
-        edge([(left + BOX, ys[i] + 11), (right, ys[i] + 11)], dashes="4 3")  # the skip
-        if i in (0, *(j for j in range(1, pairs) if side[j] != side[j - 1])):
-            parts.append(
-                f'<text x="{left - 40}" y="{ys[i] + 15 + 20 * (i == 0)}" text-anchor="end">{side[i]} x {side[i]}</text>'
-            )
-        if i + 1 < pairs:
-            edge([(down, ys[i] + 22), (down, ys[i + 1])])
-            if i + 1 != branch:
-                edge([(up, ys[i + 1]), (up, ys[i] + 22)])
-    middle = (left + right) // 2
-    box(middle, ys[-1], "M", False)
-    edge([(down, ys[-2] + 22), (down, ys[-1] + 11), (middle, ys[-1] + 11)])
-    from_below = [(middle + BOX, ys[-1] + 11), (up, ys[-1] + 11), (up, ys[-2] + 22)]
-    if branch < pairs:
-        edge(from_below)
-        edge([(up, ys[branch]), (up, ys[branch - 1] + 22)], EDGE, 3)
-        cut = (ys[branch - 1] + 22 + ys[branch]) / 2
-    else:
-        edge(from_below, EDGE, 3)
-        cut = (ys[-2] + 22 + ys[-1]) / 2
-    parts.append(
-        f'<line x1="20" x2="{up - 12}" y1="{cut}" y2="{cut}" stroke="{EDGE}" stroke-dasharray="7 5"/>'
-        f'<text x="{up + 12}" y="{cut + 4}" fill="{EDGE}" font-weight="bold">cached_U {C} x {H} x {W}</text>'
+
+def levels(ys: list[int], sides: list[int]) -> list[str]:
+    """The side of the image, where it changes; of the first row below x_t."""
+    changes = [i for i in range(len(sides)) if i == 0 or sides[i] != sides[i - 1]]
+    return [text(LEFT - 40, ys[i] + (15 if i else 35), f"{sides[i]} x {sides[i]}", "end") for i in changes]
+
+
+def pair(i: int, y: int, live: bool) -> list[str]:
+    """D_i, U_i and the skip between them."""
+    line = y + HEIGHT // 2
+    skip = edge([(LEFT + BOX, line), (RIGHT, line)], dashes="4 3")
+    return [box(LEFT, y, f"D[{i}]", live), box(RIGHT, y, f"U[{i}]", live), skip]
+
+
+def descent(ys: list[int]) -> list[str]:
+    """From each D_i to the next, and from the last one to M."""
+    *inner, last, M = ys
+    steps = [edge([(DOWN, above + HEIGHT), (DOWN, below)]) for above, below in zip(inner, [*inner[1:], last])]
+    return [*steps, edge([(DOWN, last + HEIGHT), (DOWN, M + HEIGHT // 2), (MIDDLE, M + HEIGHT // 2)])]
+
+
+def ascent(ys: list[int], branch: int) -> list[str]:
+    """From M to the last U_i, and from each to the one above; that into U[branch - 1] is cached_U."""
+    *inner, last, M = ys
+    steps = [[(UP, below), (UP, above + HEIGHT)] for above, below in zip(inner, [*inner[1:], last])]
+    steps += [[(MIDDLE + BOX, M + HEIGHT // 2), (UP, M + HEIGHT // 2), (UP, last + HEIGHT)]]
+    return [edge(step, *((EDGE, 3) if i + 1 == branch else ())) for i, step in enumerate(steps)]
+
+
+def cut(ys: list[int], branch: int, shape: tuple[int, int, int]) -> list[str]:
+    """A line across, below what a partial step runs, with the name and the shape of what it is given."""
+    y = (ys[branch - 1] + HEIGHT + ys[branch]) / 2
+    line = f'<line x1="20" x2="{UP - 12}" y1="{y}" y2="{y}" stroke="{EDGE}" stroke-dasharray="7 5"/>'
+    name = f"cached_U {' x '.join(map(str, shape))}"
+    return [line, text(UP + 12, y + 4, name, "start", f'fill="{EDGE}" font-weight="bold"')]
+
+
+def box(x: int, y: int, name: str, live: bool) -> str:
+    fill = LIVE if live else DEEP
+    frame = f'<rect x="{x}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="4" fill="{fill}" stroke="#555"/>'
+    return frame + text(x + BOX // 2, y + 15, name, "middle")
+
+
+def edge(points: list[tuple[float, float]], color: str = "#555", width: float = 1.2, dashes: str = "") -> str:
+    path = " ".join(f"{x},{y}" for x, y in points)
+    marker = "red" if color == EDGE else "grey"
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" '
+        f'stroke-dasharray="{dashes}" marker-end="url(#{marker})"/>'
     )
-    parts.append(
-        f'<text x="{middle + BOX // 2}" y="22" text-anchor="middle">a partial step runs the {branch} outermost '
-        f"pairs; a full step runs everything</text>"
-    )
+
+
+def text(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" {style}>{escape(words)}</text>'
+
+
+def document(parts: list[str], width: int, height: int) -> str:
+    """The SVG that holds these parts, and the heads of their arrows."""
     markers = "".join(
         f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="{size}" markerHeight="{size}" '
         f'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="{color}"/></marker>'
         for name, color, size in (("grey", "#555", 6), ("red", EDGE, 4))
     )
-    width, height = right + BOX + 170, ys[-1] + 40
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="12"><defs>{markers}</defs>'

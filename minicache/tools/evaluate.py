@@ -44,7 +44,7 @@ from minicache.diffusion import SPACINGS, timesteps
 from minicache.files import replacing
 from minicache.images import grid, save_png, to_uint8
 from minicache.metrics import Samples, frechet_distance, inception, psnr, read_samples, relative_l2
-from minicache.placement import COMPILE, DTYPES, choose, place
+from minicache.placement import COMPILE, DTYPES, choose_placement, place
 from minicache.plan import CachePlan, nonuniform, uncached, uniform
 from minicache.recipe import Recipe, recipes_in
 from minicache.samplers import sample
@@ -229,7 +229,7 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, list[Recipe]
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     if args.real is None and (args.fid or args.num):
         raise ValueError("--fid and --num are for distances to real images: give --real")
-    unet, placement = load(args.ckpt), choose(args.device, args.dtype, compile=COMPILE[args.compile])
+    unet, placement = load(args.ckpt), choose_placement(args.device, args.dtype, compile=COMPILE[args.compile])
     weights, size = fingerprint(unet), unet.config.image_size  # before `place` rounds them
     real = args.real and read_samples(args.real)
     if real and real.shape[1:] != (size, size, 3):
@@ -292,5 +292,5 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=100, help="(default: 100)")
     add("--dtype", default="float32", choices=("auto", *DTYPES), help="of the network (default: float32)")
     add("--compile", default="no", choices=COMPILE, help="torch.compile (default: no)")
-    add("--device", default="auto", help="cpu, cuda, mps; default: cuda where there is one")
+    add("--device", default="auto", help="cpu, cuda, mps; default: cuda or mps where there is one, else cpu")
     return parser.parse_args(argv)

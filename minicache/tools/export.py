@@ -30,7 +30,7 @@ FORMATS = ("onnx", "pt2")
 
 
 class Graph(nn.Module):
-    """One of the network's two passes as a module of its own, which is what torch exports."""
+    """One of the network's two passes as a module of its own, since torch exports modules."""
 
     def __init__(self, unet: UNet, forward: Callable[..., Tensor | tuple[Tensor, Tensor]]):
         super().__init__()
@@ -42,7 +42,9 @@ class Graph(nn.Module):
 
 @torch.no_grad()
 def programs(unet: UNet, branch: int) -> dict[str, ExportedProgram]:
-    """full and partial, any batch size."""
+    """full and partial, for any batch size; ValueError for a network that takes a context."""
+    if unet.config.context_dim:
+        raise ValueError("this network takes a context, for which the exported graphs have no input")
     size, C = unet.config.image_size, unet.config.in_channels
     cached_U = torch.zeros(2, *unet.cached_shape(branch, size, size))
     x, t, B = torch.zeros(2, C, size, size), torch.tensor([500]), {0: Dim("B")}

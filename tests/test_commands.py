@@ -1,0 +1,98 @@
+"""What all commands share: python -m minicache lists and finds them; errors are one sentence, or a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from minicache import __main__ as door
+from minicache import tools
+from minicache.tools import Parser, run
+
+
+def said(capsys, error: BaseException, code: int = 2) -> str:
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run("minicache x", command)
+    assert stopped.value.code == code
+    return capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("MINICACHE_DEBUG", "")  # and put back what a test makes of it
+
+
+def test_every_file_with_a_main_is_a_command_and_onnx_example_is_none():
+    known, files = door.commands(), {path.stem for path in Path(tools.__file__).parent.glob("[!_]*.py")}
+    assert set(known) == files - {"onnx_example", "protocol"}
+    assert all(what.endswith(".") or what.endswith("?") for what in known.values())
+
+
+def test_alone_it_lists_the_commands(monkeypatch, capsys):
+    for arguments in ([], ["-h"], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["minicache", *arguments])
+        door.main()
+        listed = capsys.readouterr().out
+        assert all(f"  {name} " in listed for name in door.commands()) and "onnx_example" not in listed
+
+
+def test_an_unknown_command_is_refused():
+    wrong = subprocess.run([sys.executable, "-m", "minicache", "bnech"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "there is no command 'bnech'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_what_went_wrong_is_one_sentence(capsys):
+    for error, sentence in (
+        (ValueError("--num 0 is too few\nand more"), "--num 0 is too few"),
+        (FileNotFoundError(2, "No such file or directory", "x.pt"), "x.pt: No such file or directory"),
+        (ConnectionError("no network"), "no network"),
+        (ValueError(), "ValueError"),
+        (OSError(), "OSError"),
+        (MemoryError(), "MemoryError"),
+    ):
+        assert said(capsys, error) == f"minicache x: {sentence}\n"
+
+
+@pytest.mark.parametrize("message", [
+    "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    "MPS backend out of memory (MPS allocated: 1.0 GB)",
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4",
+    "[enforce fail at alloc_cpu.cpp:75] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.",
+])  # fmt: skip
+def test_too_little_memory_is_no_bug(capsys, message):
+    assert said(capsys, RuntimeError(message)) == f"minicache x: {message}\n"
+
+
+@pytest.mark.parametrize("message", [
+    "CUDA error: an illegal memory access was encountered",
+    "Expected more than one memory format",
+    "",
+])  # fmt: skip
+def test_other_runtime_errors_keep_their_traceback(message):
+    def command():
+        raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError):
+        run("minicache x", command)
+
+
+def test_debug_shows_tracebacks(monkeypatch):
+    parser = Parser(prog="x", doc="A command.")
+    parser.add_argument("--num", type=int, default=1)
+
+    def command():
+        assert vars(parser.parse_args(["--debug", "--num", "3"])) == {"num": 3}
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        run("x", command)
+    assert "MINICACHE_DEBUG=1" in parser.format_help()
+
+
+def test_an_interruption_exits_as_the_shell_expects(capsys):
+    assert said(capsys, KeyboardInterrupt(), 130) == ""
