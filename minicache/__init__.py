@@ -2,7 +2,7 @@
 
 from minicache.checkpoints import load
 from minicache.diffusion import Diffusion
-from minicache.plan import CachePlan, PlanCache, full, nonuniform, uncached, uniform  # noqa: F401
+from minicache.plan import CachePlan, PlanCache, nonuniform, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.samplers import denoise, sample
 from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig

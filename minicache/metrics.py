@@ -35,7 +35,7 @@ def psnr(x: Tensor, reference: Tensor) -> Tensor:
 def cosine_similarity(steps: Iterable[Step]) -> Tensor:
     """[S, S]: cosine of cached_U between each two of S steps, mean over the batch (DeepCache, Fig. 2b).
 
-    steps: of an uncached `denoise`, plan=full(S, branch); the features of all steps are held at once.
+    steps: of an uncached `denoise`, plan=uncached(S, branch); the features of all steps are held at once.
     """
     features = torch.stack([step.cached_U.flatten(1).float() for step in steps], dim=1)  # [B, S, CHW]
     features = features / features.norm(dim=2, keepdim=True)

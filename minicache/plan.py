@@ -151,6 +151,3 @@ class PlanCache:
         """What step i, which does not run in full, feeds the network as cached_U."""
         alpha = self.plan.alpha[i]
         return torch.lerp(self.older, self.newer, 1 + alpha) if alpha else self.newer
-
-
-full = uncached  # until the merge

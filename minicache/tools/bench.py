@@ -33,7 +33,7 @@ from minicache.files import replacing
 from minicache.formats.diffusers import save_diffusers
 from minicache.metrics import psnr
 from minicache.placement import Placement, choose_placement, cpu_capabilities, place
-from minicache.plan import full, uniform
+from minicache.plan import uncached, uniform
 from minicache.samplers import sample
 from minicache.tools import Parser
 from minicache.unet import UNet
@@ -174,7 +174,7 @@ def bench_plans(
         candidates[label, "diffusers"] = lambda model=model: diffusers_ddim(model, batch, steps)
     seconds, images = timed(candidates, rounds, f"plans, batch {batch}", unet.conv_out.weight.device)
 
-    rows, uncached = [], plan_macs(unet, full(steps))
+    rows, all_macs = [], plan_macs(unet, uncached(steps))
     for label in ours:
         for N, b in PLANS:
             plan = uniform(steps, N, b)
@@ -183,7 +183,7 @@ def bench_plans(
             row = over_diffusers(row, seconds, (label, plan))
             if N > 1:
                 whole = seconds[label, uniform(steps, *PLANS[0])]
-                row = over_uncached(row, whole / seconds[label, plan], uncached / plan_macs(unet, plan))
+                row = over_uncached(row, whole / seconds[label, plan], all_macs / plan_macs(unet, plan))
             if trained and label != "float32":
                 row = row._replace(psnr=psnr(images[label, plan], images["float32", plan]).min().item())
             rows.append(row)

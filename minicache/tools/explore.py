@@ -21,7 +21,7 @@ from minicache.cost import plan_macs
 from minicache.files import replacing
 from minicache.images import grid, picture, to_uint8
 from minicache.metrics import psnr
-from minicache.plan import FORECASTS, full, uniform
+from minicache.plan import FORECASTS, uncached, uniform
 from minicache.samplers import sample
 from minicache.tools import Parser
 
@@ -33,17 +33,17 @@ def explore(ckpt: str, steps: int, num: int) -> dict[str, Any]:
     """What the page shows: for each plan its pictures, cost, time and likeness; the seeds are 0 to num - 1."""
     unet = load(ckpt)
     keys = [(N, branch, forecast) for N in INTERVALS[1:] for branch in BRANCHES for forecast in FORECASTS]
-    plans = {(1, 1, "hold"): full(steps), **{key: uniform(steps, *key) for key in keys}}
-    uncached, found = None, {}
+    plans = {(1, 1, "hold"): uncached(steps), **{key: uniform(steps, *key) for key in keys}}
+    reference, found = None, {}
     sample(unet, range(num), steps=2)  # the first passes prepare kernels
     for key, plan in tqdm(plans.items(), desc="plans", unit="plan", disable=None):
         began = time.perf_counter()
         images = sample(unet, range(num), plan=plan)
         seconds = time.perf_counter() - began
-        uncached = images if uncached is None else uncached
+        reference = images if reference is None else reference
         file = io.BytesIO()
         picture(grid(to_uint8(images), pad=1, columns=num)).save(file, "png", optimize=True)
-        mse = 4 / 10 ** (psnr(images, uncached).double() / 10)
+        mse = 4 / 10 ** (psnr(images, reference).double() / 10)
         found[",".join(map(str, key))] = {
             "png": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
             "gmacs": plan_macs(unet, plan) / 1e9,
