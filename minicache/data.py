@@ -99,16 +99,28 @@ def each_image(path: Path, image_size: int | None) -> Iterator[np.ndarray]:
     if not files:
         raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
     for name, content in tqdm(files, desc="reading", unit="image", disable=None, leave=False):
-        try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(content()))).convert("RGB")
-        except UNREADABLE:
-            raise ValueError(f"{name} in {path} is not an image that can be read") from None
+        image = decode(content, f"{name} in {path}")
         size = image.size if image_size is None else (image_size, image_size)
         pixels = np.asarray(ImageOps.fit(image, size, Image.Resampling.BOX))
         shape = shape or pixels.shape
         if pixels.shape != shape:
             raise ValueError(f"{name} in {path} is {image.width}x{image.height} pixels, unlike the first image")
         yield pixels
+
+
+def decode(content: Callable[[], bytes], name: str) -> Image.Image:
+    """The image in a file's content: RGB, turned as its camera says, on white where it is transparent.
+
+    ValueError, with the name, where it cannot be read.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content())))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except UNREADABLE:
+        raise ValueError(f"{name} is not an image that can be read") from None
 
 
 def read_images(path: Path, image_size: int | None) -> Tensor:
