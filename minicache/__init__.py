@@ -1,11 +1,11 @@
 """minicache: a minimal DDPM U-Net with DeepCache (arXiv 2312.00858), in pure PyTorch."""
 
-from minicache.checkpoints import load
+from minicache.checkpoints import CIFAR10, LSUN_256, load
 from minicache.diffusion import Diffusion
 from minicache.plan import CachePlan, PlanCache, nonuniform, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.samplers import denoise, sample
-from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
+from minicache.unet import UNet, UNetConfig
 
 __version__ = "0.1.0"
 __all__ = [

@@ -22,7 +22,7 @@ from torch import Tensor
 from minicache.diffusion import Diffusion
 from minicache.files import cache_folder, fetch, replacing
 from minicache.placement import choose_placement, place
-from minicache.unet import CIFAR10, LSUN_256, UNet, UNetConfig
+from minicache.unet import UNet, UNetConfig
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +51,9 @@ def embedded_folder() -> Path:
 EMBEDDED = ("tiny", "tiny_cifar10")
 # Google's files on the hub where those are the ones wanted, else P. Esser's conversions (pesser/pytorch_diffusion).
 REGISTRY = {name: Entry(**row) for name, row in json.loads((embedded_folder() / "registry.json").read_text()).items()}
+# The networks of Ho et al.: CIFAR-10 (35.7M parameters), and CelebA-HQ and LSUN at 256x256 (113.7M).
+CIFAR10 = UNetConfig(image_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), dropout=0.1)
+LSUN_256 = UNetConfig(image_size=256, model_channels=128, channel_mult=(1, 1, 2, 2, 4, 4))
 PRESETS = {"cifar10": CIFAR10, "lsun_256": LSUN_256}  # all that is in REGISTRY has one of these shapes
 
 

@@ -93,8 +93,7 @@ class Transformer(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """h [B, c_in, H, W], temb [B or 1, 4 * model_channels] -> [B, c_out, H, W]. Ends in attention where asked to: in a
-    Transformer where the network takes a context, else in SelfAttention."""
+    """h [B, c_in, H, W], temb [B or 1, 4 * model_channels] -> [B, c_out, H, W]; ends in attention where asked to."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig, attention: bool):
         super().__init__()
@@ -109,8 +108,7 @@ class ResBlock(nn.Module):
         self.attn = (Transformer if config.context_dim else SelfAttention)(c_out, config) if attention else None
 
     def forward(self, h: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
-        r = self.conv1(F.silu(self.norm1(h)))
-        r = r + self.temb_proj(temb)[:, :, None, None]
+        r = self.conv1(F.silu(self.norm1(h))) + self.temb_proj(temb)[:, :, None, None]
         r = self.conv2(self.dropout(F.silu(self.norm2(r))))
         h = self.shortcut(h) + r
         return h if self.attn is None else self.attn(h, context)
@@ -174,7 +172,7 @@ class UNetConfig:
         for fine, rule in (
             (self.model_channels % self.groups == 0, "model_channels must be a multiple of groups"),
             (self.model_channels % self.heads == 0, "model_channels must be a multiple of heads"),
-            (self.model_channels % 2 == 0 and self.model_channels > 2, "model_channels must be even, and at least 4"),
+            (self.model_channels in range(4, 10**6, 2), "model_channels must be even, and at least 4"),
             (sides[-1] % 1 == 0, "image_size must be even at every level but the last"),
             (set(self.attention_resolutions) <= set(sides), "attention_resolutions must be sides of levels"),
             (self.out_channels == self.in_channels, "out_channels must equal in_channels"),
@@ -186,18 +184,12 @@ class UNetConfig:
                 raise ValueError(f"{rule}: {self}")
 
 
-# The networks of Ho et al.: CIFAR-10 (35.7M parameters), and CelebA-HQ and LSUN at 256x256 (113.7M).
-CIFAR10 = UNetConfig(image_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), dropout=0.1)
-LSUN_256 = UNetConfig(image_size=256, model_channels=128, channel_mult=(1, 1, 2, 2, 4, 4))
-
-
 class UNet(nn.Module):
     """eps = unet(x, t, context): two flat lists and a middle.
 
     Each D_i emits one skip and U_i consumes it, so len(D) == len(U): 12 for CIFAR-10, 18 for LSUN_256. Branch b of
     DeepCache (its own numbering, Table 12) keeps the b outermost pairs alive, D[:b] and U[:b]; `cached_U`, the output
     of U[b] (of M, if b == len(D)), stands in for all that lies deeper. The network keeps no state between calls.
-
     x: [B, in_channels, H, W] in [-1, 1] plus noise, H and W multiples of 2**(levels - 1). t: 0 to 999, whole or not, a
     number or a tensor of one element (one row of temb for all) or of B. context: ids [B, K], or tokens [B, K,
     context_dim]; None says nothing. Computes in the weights' dtype; eps has the shape and dtype of x.
@@ -209,7 +201,6 @@ class UNet(nn.Module):
         self.diffusion = None  # the Diffusion it was trained with: set by whoever loads or trains it
         n = config.num_res_blocks
         widths = [config.model_channels * mult for mult in config.channel_mult]
-
         self.time = TimeEmbedding(config.model_channels)
         if config.num_tokens:
             self.tokens = nn.Embedding(config.num_tokens, config.context_dim, padding_idx=config.null_token)
@@ -219,7 +210,6 @@ class UNet(nn.Module):
         c = config.model_channels  # what D_i emits
         for level, width in enumerate(widths):
             attention = config.image_size // 2**level in config.attention_resolutions
-            below = widths[min(level + 1, len(widths) - 1)]
             for j in range(n + 1):
                 if j > 0:
                     D_i = ResBlock(c, width, config, attention)
@@ -228,7 +218,7 @@ class UNet(nn.Module):
                     D_i = Downsample(c, c, 3, stride=2)
                 else:
                     D_i = ConvIn(config.in_channels, c, 3, padding=1)
-                c_below = below if j == n else width
+                c_below = widths[min(level + 1, len(widths) - 1)] if j == n else width
                 self.D.append(D_i)
                 self.U.append(UpBlock(c_below, c, width, config, attention, up=isinstance(D_i, Downsample)))
         self.M = nn.ModuleList([ResBlock(c, c, config, attention=True), ResBlock(c, c, config, attention=False)])
@@ -256,7 +246,7 @@ class UNet(nn.Module):
         cached_U = h
         for U_i in reversed(self.U[:branch]):
             h = U_i(h, skips.pop(), temb, context)
-        return self._end(h, x), cached_U
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype), cached_U
 
     def forward_partial(
         self, x: Tensor, t: float | Tensor, cached_U: Tensor, branch: int = 3, context: Tensor | None = None
@@ -270,7 +260,7 @@ class UNet(nn.Module):
         h = cached_U
         for U_i in reversed(self.U[:branch]):
             h = U_i(h, skips.pop(), temb, context)
-        return self._end(h, x)
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
 
     def _begin(self, x, t, branch, context, cached_U=None):
         """x in the weights' dtype, temb and the context; or a ValueError that says which argument is wrong."""
@@ -299,10 +289,7 @@ class UNet(nn.Module):
         given, width = None if context is None else list(context.shape), self.config.context_dim
         if (given and [given[0], len(given), given[-1]]) != (width and [B, 3, width]):
             raise ValueError(f"context is {given}; need {width and f'[{B}, K, {width}]'}, or ids if there is a table")
-        return context if context is None else context.to(self.conv_out.weight.dtype)
-
-    def _end(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
+        return None if context is None else context.to(self.conv_out.weight.dtype)
 
     def cached_shape(self, branch: int, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of cached_U for images of height x width."""
