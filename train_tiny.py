@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +30,7 @@ from minicache.diffusion import Diffusion
 from minicache.images import beside, enlargement, grid, save_png, to_uint8
 from minicache.placement import DTYPES, choose_device, fastest_dtype
 from minicache.samplers import sample
-from minicache.tools import Parser, run
+from minicache.tools import Parser, interruptions, run
 from minicache.unet import UNet, UNetConfig
 
 BETA_END = 0.0075  # less noisy at the end than Ho et al.'s 0.02: weights/README.md says why
@@ -210,23 +207,6 @@ def network(settings: Settings) -> UNet:
 def learning_rate(settings: Settings, step: int) -> float:
     """Rises over WARMUP steps to the peak, and falls along a cosine to 0."""
     return settings.lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-
-
-@contextmanager
-def interruptions() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once."""
-    interrupted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        interrupted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def batch(
