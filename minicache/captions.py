@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.data import decode
+from minicache.data import CaptionedSource, decode
 from minicache.images import to_tensor
 from minicache.words import Vocabulary, words_in
 
@@ -24,8 +23,6 @@ STYLES = {"google": "noto", "twitter": "twemoji"}  # what the vendors call their
 LENGTH = 13  # ids of a prompt, unless a caption is longer: prompts may be longer than short captions
 HELD_OUT = 0.05  # of the pictures
 DROPOUT = 0.1  # of whole captions, for guidance; and of single words, so that each of them counts
-
-CaptionedSource = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,10 @@ class Captioned:
         """All words of the captions, in the order of the alphabet."""
         said = [words_in(caption) for caption in self.captions]
         return Vocabulary(tuple(sorted({word for words in said for word in words})), max(LENGTH, *map(len, said)))
+
+    def some(self, count: int = 16) -> list[str]:
+        """So many captions from all over the set."""
+        return [self.captions[k * len(self.captions) // count] for k in range(count)]
 
     def held_out(self) -> list[int]:
         """Which pictures no training sees: HELD_OUT of all, each of a name whose other picture stays.
