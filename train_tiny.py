@@ -16,7 +16,6 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,6 @@ from minicache.words import Vocabulary
 
 BETA_END = 0.0075  # less noisy at the end than Ho et al.'s 0.02: weights/README.md says why
 WARMUP = 500  # steps until the learning rate is at its peak
-GUIDANCE = 3.0  # of previews, where there are words
 BINS = 20  # equal parts of the timesteps; each has a usual loss
 
 
@@ -113,12 +111,12 @@ def main(**flags: Any) -> Path:
     print(f"{parameters:,} parameters, {precision}, {training.device}, {torch.get_num_threads()} threads", flush=True)
     print(f"steps {training.step}..{settings.steps}, into {settings.folder}", flush=True)
     with interruptions() as interrupted:
-        train(training, draw, interrupted, words.some() if words else ())
+        train(training, draw, interrupted)
     return settings.last
 
 
-def train(training: Training, draw: CaptionedSource, interrupted: list[int], shown: Sequence[str] = ()) -> None:
-    """Take the steps that are left; log, save and preview (`shown`) on the way. Stop after an interrupted step."""
+def train(training: Training, draw: CaptionedSource, interrupted: list[int]) -> None:
+    """Take the steps that are left; log, save and preview on the way. Stop after a step that was interrupted."""
     settings, T = training.settings, training.unet.diffusion.num_timesteps
     began, losses, noisy_losses = time.time(), [], []
     steps = range(training.step, settings.steps)
@@ -140,7 +138,7 @@ def train(training: Training, draw: CaptionedSource, interrupted: list[int], sho
             print(f"stopped after step {done}; --resume goes on from {settings.last}", file=sys.stderr)
             raise KeyboardInterrupt
         if done % settings.preview_every == 0 or last_one:
-            preview(training.average, settings.folder / f"preview_{done:06d}.png", shown)
+            preview(training.average, settings.folder / f"preview_{done:06d}.png")
 
 
 class Training:
@@ -204,6 +202,9 @@ class Training:
         content = read_file(last)
         if "training" not in content:
             raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
+        words = self.unet.vocabulary and self.unet.vocabulary.words
+        if words != content.get("vocabulary", {}).get("words"):
+            raise ValueError(f"{last} was trained with other words than those of the captions in {self.settings.data}")
         here = {**asdict(self.settings), **asdict(self.unet.config), **asdict(self.unet.diffusion)}
         there = {**content["config"], **content["diffusion"], **content["training"]["arguments"]}
         for name, value in there.items():
@@ -249,17 +250,17 @@ def update_average(average: UNet, unet: UNet, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
 
 
-def preview(unet: UNet, path: Path, captions: Sequence[str] = ()) -> None:
+def preview(unet: UNet, path: Path) -> None:
     """Left: DDPM, clipped. Right: DDIM, not clipped, which shows errors of colour that clipping hides.
 
-    captions: 16 to draw, under GUIDANCE; none where there are no words.
+    The vocabulary's examples are drawn, under its guidance, where there are any.
     """
-    scale, sheets = enlargement(unet.config.image_size), []
-    words = {"context": unet.vocabulary.encode(*captions), "guidance": GUIDANCE} if captions else {}
+    scale, sheets, shown = enlargement(unet.config.image_size), [], unet.vocabulary.examples if unet.vocabulary else ()
+    words = {"context": unet.vocabulary.encode(*shown), "guidance": unet.vocabulary.guidance} if shown else {}
     for sampler, steps in (("ddpm", 100), ("ddim", 50)):
-        images = to_uint8(sample(unet, range(16), steps=steps, sampler=sampler, **words))
-        sheets.append(labelled(images, captions, scale=scale) if captions else grid(images))
-    save_png(path, beside(*sheets), 1 if captions else scale)
+        images = to_uint8(sample(unet, range(len(shown) or 16), steps=steps, sampler=sampler, **words))
+        sheets.append(labelled(images, shown, scale=scale) if shown else grid(images))
+    save_png(path, beside(*sheets), 1 if shown else scale)
 
 
 def log(path: Path, step: int, *values: float) -> None:

@@ -21,6 +21,7 @@ CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
 LEFT_OUT = {"Component", "Flags", "alphanum", "keycap"}  # categories and subcategories: signs more than pictures
 STYLES = {"google": "noto", "twitter": "twemoji"}  # what the vendors call their emoji
 LENGTH = 13  # ids of a prompt, unless a caption is longer: prompts may be longer than short captions
+EXAMPLES = 16  # captions that a vocabulary shows
 HELD_OUT = 0.05  # of the pictures
 DROPOUT = 0.1  # of whole captions, for guidance; and of single words, so that each of them counts
 
@@ -40,13 +41,11 @@ class Captioned:
         return torch.from_numpy(np.stack([ImageOps.fit(decode(f.read_bytes, str(f)), size, method) for f in files]))
 
     def vocabulary(self) -> Vocabulary:
-        """All words of the captions, in the order of the alphabet."""
+        """All words of the captions, in the order of the alphabet; some captions from all over the set as examples."""
         said = [words_in(caption) for caption in self.captions]
-        return Vocabulary(tuple(sorted({word for words in said for word in words})), max(LENGTH, *map(len, said)))
-
-    def some(self, count: int = 16) -> list[str]:
-        """So many captions from all over the set."""
-        return [self.captions[k * len(self.captions) // count] for k in range(count)]
+        words = sorted({word for words in said for word in words})
+        examples = [self.captions[k * len(said) // EXAMPLES] for k in range(EXAMPLES)]
+        return Vocabulary(tuple(words), max(LENGTH, *map(len, said)), examples=tuple(examples))
 
     def held_out(self) -> list[int]:
         """Which pictures no training sees: HELD_OUT of all, each of a name whose other picture stays.

@@ -35,7 +35,7 @@ QUICK = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
     if "preview" not in request.function.__name__:
-        monkeypatch.setattr(train_tiny, "preview", lambda unet, path, captions: path.touch())
+        monkeypatch.setattr(train_tiny, "preview", lambda unet, path: path.touch())
     with torch.enable_grad():
         yield
 
@@ -147,10 +147,10 @@ def test_preview_draws_both_samplers(tmp_path):
 
 
 def test_preview_has_captions_under_the_pictures(tmp_path):
-    unet = fresh(Vocabulary(("cat", "dog", "red"), 5))
-    train_tiny.preview(unet, tmp_path / "p.png", ["red cat"] * 16)
+    unet = fresh(Vocabulary(("cat", "dog", "red"), 5, examples=("red cat",) * 3))
+    train_tiny.preview(unet, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
-        assert image.size == (2 * (4 * (96 + 4) + 4) + 8, 4 * (96 + BAND + 4) + 4)
+        assert image.size == (2 * (2 * (96 + 4) + 4) + 8, 2 * (96 + BAND + 4) + 4)
 
 
 def test_words_reach_the_network(words, monkeypatch):
@@ -166,6 +166,16 @@ def test_words_reach_the_network(words, monkeypatch):
     assert training.unet.tokens.weight.grad[1:].abs().sum(dim=1).min() > 0
     for unet in (training.unet, training.average):
         assert not unet.tokens.weight[0].any() and ((unet.tokens.weight - before)[1:] != 0).any(dim=1).all()
+
+
+def test_the_checkpoint_keeps_the_words(tmp_path, words):
+    last = main(out=str(tmp_path / "out"), **{**words, "steps": 1})
+    known = load(last).vocabulary
+    assert known == captioned(words["data"]).vocabulary()
+    assert len(known.examples) == 16 and {*known.examples} == {*captioned(words["data"]).captions}
+    draw_emoji(tmp_path / "other", ("red apple", "green apple", "blue dog"))
+    with pytest.raises(ValueError, match="was trained with other words"):
+        main(out=str(tmp_path / "out"), resume=True, **{**words, "data": str(tmp_path / "other")})
 
 
 def test_with_words_each_loss_counts_by_its_ratio_to_the_usual_one(words, monkeypatch):
