@@ -31,7 +31,7 @@ from minicache.checkpoints import load, read_file, save
 from minicache.data import CaptionedSource, batch, source, wordless
 from minicache.diffusion import Diffusion
 from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
-from minicache.placement import DTYPES, choose_device, fastest_dtype
+from minicache.placement import choose_placement
 from minicache.samplers import sample
 from minicache.tools import Parser, interruptions, run
 from minicache.unet import UNet, UNetConfig
@@ -146,11 +146,10 @@ class Training:
 
     def __init__(self, settings: Settings, vocabulary: Vocabulary | None = None):
         self.settings, self.step = settings, 0
-        self.device = choose_device(settings.device)
-        dtype = fastest_dtype(self.device)[0] if settings.dtype == "auto" else DTYPES[settings.dtype]
-        self.low_precision = dtype == torch.bfloat16
+        placement = choose_placement(settings.device, settings.dtype, compile=False)
+        self.device, self.low_precision = placement.device, placement.dtype == torch.bfloat16
         torch.manual_seed(settings.seed)
-        self.unet = network(settings, vocabulary).to(self.device)
+        self.unet = network(settings, vocabulary).to(self.device, memory_format=placement.memory_format)
         self.average = copy.deepcopy(self.unet).eval().requires_grad_(False)
         decay = settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=decay, fused=True)
