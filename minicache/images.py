@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minicache.files import replacing
 
-BAND = 40  # pixels under a picture, for its label
+BAND = 44  # pixels under a picture, for its label
 FONT_SIZES = (12, 11, 10, 9, 8)  # the largest that leaves room for all of a label is taken
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -61,7 +61,7 @@ def labelled(images: np.ndarray, labels: Sequence[str], columns: int | None = No
         lines, font, pitch = fitted(label, cell.width)
         for k, line in enumerate(lines):
             left = (cell.width - font.getlength(line)) / 2
-            draw.text((left, enlarged.height + 2 + k * pitch), line, "black", font)
+            draw.text((left, enlarged.height + k * pitch), line, "black", font)
         cells.append(np.asarray(cell))
     return grid(np.stack(cells), pad=4, columns=columns)
 
@@ -70,10 +70,10 @@ def fitted(label: str, width: int) -> tuple[list[str], Font, int]:
     """Lines of at most `width` pixels that fit in BAND, their font, and the distance from line to line."""
     for size in FONT_SIZES:
         font, pitch = default_font(size), size + 1
-        lines = wrapped(label, width, font)
-        if len(lines) * pitch < BAND and all(font.getlength(line) <= width for line in lines):
+        lines, room = wrapped(label, width, font), 1 + int((BAND - font.getbbox("gj")[3]) / pitch)
+        if len(lines) <= room and all(font.getlength(line) <= width for line in lines):
             return lines, font, pitch
-    lines = lines[: (BAND - 1) // pitch]
+    lines = lines[:room]
     while font.getlength(max(lines, key=font.getlength)) > width:
         lines = [line[:-1] if font.getlength(line) > width else line for line in lines]
     return lines, font, pitch

@@ -65,6 +65,8 @@ def test_each_label_is_under_its_picture():
     middle = np.flatnonzero(bands[1].any(axis=0))
     assert abs(middle.min() + middle.max() - side) <= 3
     assert not bands[2][-1].any() and not bands[2][:, [0, -1]].any()
+    tails = labelled(images[:1], ["a jay jay jay jay jay"], scale=8)[-BAND - 4 : -4, 4:-4] < 128
+    assert tails.any() and not tails[-1].any()  # the last line's descenders are all there
     with pytest.raises(ValueError, match="2 labels for 3 pictures"):
         labelled(images, ["a", "b"])
 
@@ -73,7 +75,7 @@ def test_each_label_is_under_its_picture():
 @pytest.mark.parametrize("width", [20, 96])
 def test_labels_fit(label, width):
     lines, font, pitch = fitted(label, width)
-    assert len(lines) * pitch < BAND and max(map(font.getlength, lines)) <= width
+    assert (len(lines) - 1) * pitch + font.getbbox("gj")[3] <= BAND and max(map(font.getlength, lines)) <= width
     assert label.startswith(lines[0]) and (lines[0] != "" or label == "")
     if label == "the cat sat on the mat" and width == 96:
         assert " ".join(lines) == label
