@@ -125,7 +125,7 @@ def prompts_for(args: argparse.Namespace, unet: UNet) -> Prompts:
     return Prompts(texts, unet.vocabulary.encode(*texts), args.seed, guidance)
 
 
-def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: float) -> Recipe:
+def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: float = 1.0) -> Recipe:
     """The calibrated plan for these weights, of those that ship, whose cost is nearest to --budget."""
     shipped = [each for each in recipes_in(embedded_folder() / "recipes", weights) if each.guidance == guidance]
     try:
