@@ -23,6 +23,7 @@ from minicache.diffusion import Diffusion
 from minicache.files import cache_folder, fetch, replacing
 from minicache.placement import choose_placement, place
 from minicache.unet import UNet, UNetConfig
+from minicache.words import Vocabulary
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
@@ -137,9 +138,12 @@ def read_own(path: Path, content: Mapping[str, Any], config: UNetConfig | None, 
     """The network in the content of a file of our own format, which `save` wrote."""
     try:
         own, its = UNetConfig(**content["config"]), Diffusion(**content["diffusion"])
+        vocabulary = Vocabulary(**content["vocabulary"]) if "vocabulary" in content else None
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this version of minicache: {error}") from None
-    return build(path, agreed(path, own, config), agreed(path, its, diffusion), content["state_dict"])
+    unet = build(path, agreed(path, own, config), agreed(path, its, diffusion), content["state_dict"])
+    unet.vocabulary = vocabulary
+    return unet
 
 
 def agreed(path: Path, own: Any, given: Any) -> Any:
@@ -249,12 +253,15 @@ def fingerprint(unet: UNet) -> str:
 
 
 def save(path: str | Path, unet: UNet, half: bool = False, training: dict[str, Any] | None = None) -> None:
-    """Write our own format: {"config", "diffusion", "state_dict"}, and "training" where a run can resume from it.
+    """Write our own format: {"config", "diffusion", "state_dict"}, "vocabulary" where prompts are understood, and
+    "training" where a run can resume from it.
 
     half: store float16 (half the size; computing stays in float32). ValueError for a network without `.diffusion`.
     """
     state = {name: tensor.half() if half else tensor for name, tensor in unet.state_dict().items()}
     content = {"config": asdict(unet.config), "diffusion": asdict(diffusion_of(unet)), "state_dict": state}
+    if unet.vocabulary is not None:
+        content["vocabulary"] = asdict(unet.vocabulary)
     if training is not None:
         content["training"] = training
     with replacing(path) as temporary:

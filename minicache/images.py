@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from minicache.files import replacing
+
+BAND = 40  # pixels under a picture, for its label
+FONT_SIZES = (12, 11, 10, 9, 8)  # the largest that leaves room for all of a label is taken
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -39,6 +43,60 @@ def grid(images: np.ndarray, pad: int = 2, columns: int | None = None) -> np.nda
     cells[:B, pad:, pad:] = images
     sheet = rearrange(cells, "(r c) h w d -> (r h) (c w) d", c=columns)
     return np.pad(sheet, ((0, pad), (0, pad), (0, 0)), constant_values=255)
+
+
+def labelled(images: np.ndarray, labels: Sequence[str], columns: int | None = None, scale: int = 1) -> np.ndarray:
+    """A `grid`, each pixel drawn scale x scale, with each picture's label in a band under it: uint8 [H', W', 3].
+
+    A long label is wrapped, then shrunk, then cut. ValueError where there is not one label for each picture.
+    """
+    if len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} pictures; need one for each")
+    cells = []
+    for image, label in zip(images, labels):
+        enlarged = picture(image, scale)
+        cell = Image.new("RGB", (enlarged.width, enlarged.height + BAND), "white")
+        cell.paste(enlarged)
+        draw = ImageDraw.Draw(cell)
+        lines, font, pitch = fitted(label, cell.width)
+        for k, line in enumerate(lines):
+            left = (cell.width - font.getlength(line)) / 2
+            draw.text((left, enlarged.height + 2 + k * pitch), line, "black", font)
+        cells.append(np.asarray(cell))
+    return grid(np.stack(cells), pad=4, columns=columns)
+
+
+def fitted(label: str, width: int) -> tuple[list[str], Font, int]:
+    """Lines of at most `width` pixels that fit in BAND, their font, and the distance from line to line."""
+    for size in FONT_SIZES:
+        font, pitch = default_font(size), size + 1
+        lines = wrapped(label, width, font)
+        if len(lines) * pitch < BAND and all(font.getlength(line) <= width for line in lines):
+            return lines, font, pitch
+    lines = lines[: (BAND - 1) // pitch]
+    while font.getlength(max(lines, key=font.getlength)) > width:
+        lines = [line[:-1] if font.getlength(line) > width else line for line in lines]
+    return lines, font, pitch
+
+
+def wrapped(text: str, width: int, font: Font) -> list[str]:
+    """As many words in each line as `width` pixels hold; a line of one word may be longer."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def default_font(size: int) -> Font:
+    """Pillow's own font; before Pillow 10.1 it has one size, of about 11 pixels."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
 
 
 def beside(left: np.ndarray, right: np.ndarray, gap: int = 8) -> np.ndarray:

@@ -198,7 +198,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.diffusion = None  # the Diffusion it was trained with: set by whoever loads or trains it
+        self.diffusion = self.vocabulary = None  # what it was trained with: set by whoever loads or trains it
         n = config.num_res_blocks
         widths = [config.model_channels * mult for mult in config.channel_mult]
         self.time = TimeEmbedding(config.model_channels)

@@ -12,7 +12,7 @@ from PIL import Image
 from minicache import data
 from minicache.data import shapes, source
 from minicache.files import replacing
-from minicache.images import grid, save_gif, save_png, to_tensor, to_uint8
+from minicache.images import BAND, fitted, grid, labelled, save_gif, save_png, to_tensor, to_uint8
 
 
 def test_uint8_clamps_and_rounds():
@@ -46,6 +46,37 @@ def test_grid_places_every_image():
     assert sheet.shape == (2 * 6 + 2, 3 * 6 + 2, 3)
     assert [sheet[2 + 6 * (k // 3), 2 + 6 * (k % 3), 0] for k in range(5)] == [0, 1, 2, 3, 4]
     assert (sheet[2 + 6, 2 + 12] == 255).all()
+
+
+def test_each_label_is_under_its_picture():
+    images = np.stack([np.full((8, 8, 3), 100 + k, np.uint8) for k in range(3)])
+    sheet = labelled(images, ["", "cat", "dog " * 40], columns=2, scale=10)
+    side, pad = 80, 4
+    assert sheet.dtype == np.uint8
+    assert sheet.shape == (2 * (side + BAND + pad) + pad, 2 * (side + pad) + pad, 3)
+    bands = []
+    for k in range(4):
+        y, x = (pad + at * length for at, length in zip(divmod(k, 2), (side + BAND + pad, side + pad)))
+        assert (sheet[y : y + side, x : x + side] == (100 + k if k < 3 else 255)).all()
+        bands.append((sheet[y + side : y + side + BAND, x : x + side] < 128).any(axis=2))
+        sheet[y : y + side + BAND, x : x + side] = 255
+    assert (sheet == 255).all()  # between the cells there is nothing
+    assert [band.any() for band in bands] == [False, True, True, False]
+    middle = np.flatnonzero(bands[1].any(axis=0))
+    assert abs(middle.min() + middle.max() - side) <= 3
+    assert not bands[2][-1].any() and not bands[2][:, [0, -1]].any()
+    with pytest.raises(ValueError, match="2 labels for 3 pictures"):
+        labelled(images, ["a", "b"])
+
+
+@pytest.mark.parametrize("label", ["", "cat", "the cat sat on the mat", "cat " * 40, "c" * 200, "a " + "c" * 200])
+@pytest.mark.parametrize("width", [20, 96])
+def test_labels_fit(label, width):
+    lines, font, pitch = fitted(label, width)
+    assert len(lines) * pitch < BAND and max(map(font.getlength, lines)) <= width
+    assert label.startswith(lines[0]) and (lines[0] != "" or label == "")
+    if label == "the cat sat on the mat" and width == 96:
+        assert " ".join(lines) == label
 
 
 def test_files(tmp_path):

@@ -1,0 +1,56 @@
+"""Prompts become ids, and back come sentences about what is not known."""
+
+import pytest
+
+from minicache.words import Vocabulary, words_in
+
+WORDS = Vocabulary(("cat", "dog", "face", "noto", "red"), length=4)
+
+
+def test_words_are_lower_case_letters_each_once():
+    assert words_in("Red, red ROSE!  rose-hip 2") == ["red", "rose", "hip"]
+    assert words_in("  ") == []
+
+
+def test_encode():
+    assert WORDS.encode("cat face").tolist() == [[1, 3, 0, 0]]
+    assert WORDS.encode("Dog, dog", "red face noto cat").tolist() == [[2, 0, 0, 0], [5, 3, 4, 1]]
+    assert WORDS.encode().shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ("cat fase", "has not learned the word 'fase'; did you mean face"),
+        ("xylophone", "has not learned the word 'xylophone'; it knows 5"),
+        ("", "holds no word"),
+        ("7 +", "holds no word"),
+        ("cat dog face noto red", "5 different words; at most 4"),
+    ],
+)
+def test_what_cannot_be_encoded_is_said(prompt, words):
+    with pytest.raises(ValueError, match=words):
+        WORDS.encode(prompt)
+
+
+def test_examples_are_encoded():
+    assert Vocabulary(["cat"], 2, examples=["cat"]).examples == ("cat",)
+    with pytest.raises(ValueError, match="'dog'"):
+        Vocabulary(["cat"], 2, examples=["dog"])
+
+
+@pytest.mark.parametrize(
+    "words, length",
+    [
+        (("cat", "cat"), 4),
+        (("Cat",), 4),
+        (("red rose",), 4),
+        ((7,), 4),
+        (("cat",), 0),
+        (("cat",), 2.0),
+        (("cat",), 10**9),
+    ],
+)
+def test_vocabularies_that_make_no_sense_are_refused(words, length):
+    with pytest.raises(ValueError):
+        Vocabulary(words, length)
