@@ -1,9 +1,10 @@
-"""Train a small U-Net to draw: procedural shapes (no download), CIFAR-10, or a folder or zip of your own images.
+"""Train a small U-Net to draw: procedural shapes (no download), CIFAR-10, your own images, or words, from captions.
 
 examples:
   python train_tiny.py                                        # shapes, into runs/shapes; half an hour on 2 cores
   python train_tiny.py --data cifar10 --steps 50000           # downloads CIFAR-10 once
   python train_tiny.py --data my_photos.zip --image-size 64 --channel-mult 1,2,2,2 --device cuda
+  python train_tiny.py --data my_folder                       # with a captions.csv: file, caption
   python train_tiny.py --resume                               # continue an interrupted run
   python sample.py --ckpt runs/shapes/last.pt                 # see what it draws, even while it trains
 """
@@ -13,12 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,17 +26,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import load, read_file, save
-from minicache.data import Source, source
+from minicache.data import CaptionedSource, batch, source, wordless
 from minicache.diffusion import Diffusion
-from minicache.images import beside, enlargement, grid, save_png, to_uint8
-from minicache.placement import DTYPES, choose_device, fastest_dtype
+from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
+from minicache.placement import choose_placement
 from minicache.samplers import sample
-from minicache.tools import Parser, run
+from minicache.tools import Parser, interruptions, run
 from minicache.unet import UNet, UNetConfig
+from minicache.words import Vocabulary
 
 BETA_END = 0.0075  # less noisy at the end than Ho et al.'s 0.02: weights/README.md says why
 WARMUP = 500  # steps until the learning rate is at its peak
+BINS = 20  # equal parts of the timesteps; each has a usual loss
 
 
 def flag(default: Any, text: str, **more: Any) -> Any:
@@ -49,7 +51,8 @@ def flag(default: Any, text: str, **more: Any) -> Any:
 class Settings:
     """A training run. Each field is a flag: image_size is --image-size. ValueError for what no run can have."""
 
-    data: str = flag("shapes", "shapes, cifar10, or a folder or zip of images")
+    data: str = flag("shapes", "shapes, cifar10, a folder or zip of images, or a folder with captions")
+    categories: tuple[str, ...] = flag(CATEGORIES, "what to learn of emoji")
     out: str | None = flag(None, "folder of the checkpoint, the log and the previews (default: runs/<data>)")
     init: str | None = flag(None, "begin with these weights, and their shape, not with random ones", metavar="CKPT")
     resume: bool = flag(False, "continue from <out>/last.pt")
@@ -60,12 +63,14 @@ class Settings:
     groups: int = flag(32, "groups of every GroupNorm")
     attention_resolutions: tuple[int, ...] = flag((8,), "sides at which blocks attend")
     dropout: float = flag(0.0, "share of the features that each block drops")
-    beta_end: float | None = flag(
-        None, f"last beta of the schedule; Ho et al.: 0.02 (default: {BETA_END}, or --init's)"
-    )
+    context_dim: int = flag(128, "width of a word, where there are captions")
+    heads: int = flag(4, "of attention to words")
+    pooled_context: bool = flag(True, "add the words' sum to the embedding of the timestep")
+    beta_end: float | None = flag(None, f"of the noise; Ho et al.: 0.02 (default: {BETA_END}, or --init's)")
     steps: int = flag(5000, "training steps")
     batch_size: int = flag(32, "images a step")
     lr: float = flag(1e-3, "peak learning rate; it decays to 0 along a cosine")
+    weight_decay: float = flag(0.0, "of AdamW")
     ema: float = flag(0.999, "decay of the averaged weights")
     jitter: float = flag(0.05, "how much the noise's amplitude varies from image to image")
     seed: int = flag(0, "of the first weights, the images and the noise")
@@ -96,8 +101,10 @@ def main(**flags: Any) -> Path:
     settings = Settings(**flags)
     if settings.last.exists() and not settings.resume:
         raise ValueError(f"{settings.last} exists: add --resume to go on with it, or choose another --out")
-    training = Training(settings)
-    draw = source(settings.data, training.unet.config.image_size)
+    words = captioned(settings.data, settings.categories)
+    training = Training(settings, words and words.vocabulary())
+    size = training.unet.config.image_size
+    draw = words.source(training.unet.vocabulary, size) if words else wordless(source(settings.data, size))
     settings.folder.mkdir(parents=True, exist_ok=True)
     parameters = sum(p.numel() for p in training.unet.parameters())
     precision = "bf16" if training.low_precision else "float32"
@@ -108,14 +115,14 @@ def main(**flags: Any) -> Path:
     return settings.last
 
 
-def train(training: Training, draw: Source, interrupted: list[int]) -> None:
+def train(training: Training, draw: CaptionedSource, interrupted: list[int]) -> None:
     """Take the steps that are left; log, save and preview on the way. Stop after a step that was interrupted."""
     settings, T = training.settings, training.unet.diffusion.num_timesteps
     began, losses, noisy_losses = time.time(), [], []
     steps = range(training.step, settings.steps)
     for step in (bar := tqdm(steps, initial=steps.start, total=steps.stop, unit="step", disable=None)):
-        x0, t, eps = batch(draw, settings.batch_size, T, settings.jitter, settings.seed, step)
-        each = training.update(x0, t, eps)
+        x0, t, eps, context = batch(draw, settings.batch_size, T, settings.jitter, settings.seed, step)
+        each = training.update(x0, t, eps, context)
         losses.append(each.mean().item())
         noisy_losses += each[t >= 0.9 * T].tolist()
         done = training.step
@@ -135,34 +142,45 @@ def train(training: Training, draw: Source, interrupted: list[int]) -> None:
 
 
 class Training:
-    """What changes in a run: the weights, their average, the optimizer, and the number of steps done."""
+    """What changes in a run: the weights, their average, the optimizer, the usual losses, the number of steps done."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, vocabulary: Vocabulary | None = None):
         self.settings, self.step = settings, 0
-        self.device = choose_device(settings.device)
-        dtype = fastest_dtype(self.device)[0] if settings.dtype == "auto" else DTYPES[settings.dtype]
-        self.low_precision = dtype == torch.bfloat16
+        placement = choose_placement(settings.device, settings.dtype, compile=False)
+        self.device, self.low_precision = placement.device, placement.dtype == torch.bfloat16
         torch.manual_seed(settings.seed)
-        self.unet = network(settings).to(self.device)
+        self.unet = network(settings, vocabulary).to(self.device, memory_format=placement.memory_format)
         self.average = copy.deepcopy(self.unet).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        decay = settings.weight_decay
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=decay, fused=True)
+        self.usual = [1.0] * BINS  # the running mean of the losses near each timestep, where there are words
         if settings.resume:
             self.restore()
 
-    def update(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """One training step; the loss of each image before it, [B] on the CPU. ValueError where it diverges."""
+    def update(self, x0: Tensor, t: Tensor, eps: Tensor, context: Tensor | None = None) -> Tensor:
+        """One training step; the loss of each image before it, [B] on the CPU. ValueError where it diverges.
+
+        With words, a loss counts by its ratio to the usual one at its timestep (Karras et al. 2024, EDM2's uncertainty,
+        here without a network): words decide much where noise is strong, and there plain losses are next to nothing.
+        """
+        bins = (t * BINS // self.unet.diffusion.num_timesteps).tolist()
+        usual = torch.tensor([self.usual[k] for k in bins], device=self.device)
         x0, t, eps = (tensor.to(self.device) for tensor in (x0, t, eps))
+        unet = partial(self.unet, context=None if context is None else context.to(self.device))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
-            each = self.unet.diffusion.loss(self.unet, x0, t, eps)
+            each = self.unet.diffusion.loss(unet, x0, t, eps)
         self.optimizer.zero_grad(set_to_none=True)
-        each.mean().backward()
+        (each / usual).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()
         update_average(self.average, self.unet, min(self.settings.ema, (1 + self.step) / (10 + self.step)))
         self.step += 1
         each, loss = each.detach().cpu(), each.mean().item()
+        if context is not None:
+            for k, value in zip(bins, each.tolist()):
+                self.usual[k] += 0.01 * (value - self.usual[k])
         norm = torch.stack(torch._foreach_norm(list(self.unet.parameters()))).norm().item()
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before anything is saved or drawn
             told = f"the loss of step {self.step} is {loss}, and the norm of the weights after it {norm}"
@@ -171,8 +189,9 @@ class Training:
 
     def save(self) -> None:
         state = {"step": self.step, "unet": self.unet.state_dict(), "optimizer": self.optimizer.state_dict()}
-        arguments = {name: getattr(self.settings, name) for name in ("data", "batch_size", "ema", "jitter", "seed")}
-        save(self.settings.last, self.average, training={**state, "arguments": arguments})
+        names = ("data", "categories", "batch_size", "weight_decay", "ema", "jitter", "seed")
+        state |= {"usual": self.usual, "arguments": {name: getattr(self.settings, name) for name in names}}
+        save(self.settings.last, self.average, training=state)
 
     def restore(self) -> None:
         """Put everything back as the checkpoint has it. ValueError where its network or its arguments are others."""
@@ -182,6 +201,9 @@ class Training:
         content = read_file(last)
         if "training" not in content:
             raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
+        words = self.unet.vocabulary and self.unet.vocabulary.words
+        if words != content.get("vocabulary", {}).get("words"):
+            raise ValueError(f"{last} was trained with other words than those of the captions in {self.settings.data}")
         here = {**asdict(self.settings), **asdict(self.unet.config), **asdict(self.unet.diffusion)}
         there = {**content["config"], **content["diffusion"], **content["training"]["arguments"]}
         for name, value in there.items():
@@ -191,17 +213,26 @@ class Training:
         self.average.load_state_dict(content["state_dict"])
         self.unet.load_state_dict(content["training"]["unet"])
         self.optimizer.load_state_dict(content["training"]["optimizer"])
+        self.usual = content["training"].get("usual", self.usual)
         self.step = content["training"]["step"]
 
 
-def network(settings: Settings) -> UNet:
-    """The network to train, in training mode: --init's, or one of random weights."""
+def network(settings: Settings, vocabulary: Vocabulary | None) -> UNet:
+    """The network to train, in training mode: --init's, with its own vocabulary, or one of random weights."""
     if settings.init:
         unet = load(settings.init).train()
+        if (unet.vocabulary is None) != (vocabulary is None):
+            knows, has = ("has" if words else "has no" for words in (unet.vocabulary, vocabulary))
+            raise ValueError(f"--init {settings.init} {knows} words, and --data {settings.data} {has} captions")
     else:
         names = [each.name for each in fields(UNetConfig) if hasattr(settings, each.name)]
-        unet = UNet(UNetConfig(**{name: getattr(settings, name) for name in names}))
-        unet.diffusion = Diffusion(beta_end=BETA_END)
+        shape = {name: getattr(settings, name) for name in names}
+        if vocabulary:
+            shape["num_tokens"] = 1 + len(vocabulary.words)
+        else:
+            shape |= {"context_dim": None, "heads": 1, "pooled_context": False}
+        unet = UNet(UNetConfig(**shape))
+        unet.diffusion, unet.vocabulary = Diffusion(beta_end=BETA_END), vocabulary
     if settings.beta_end is not None:
         unet.diffusion = replace(unet.diffusion, beta_end=settings.beta_end)
     return unet
@@ -212,39 +243,6 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.lr * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
-@contextmanager
-def interruptions() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once."""
-    interrupted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        interrupted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def batch(
-    draw: Source, size: int, num_timesteps: int, jitter: float, seed: int, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x0 [B, C, H, W], t [B] and eps [B, C, H, W] of a step: they depend on the seed and the step alone.
-
-    t: one random timestep from each of `size` equal parts of 0..T-1, so that every step has some of the noisiest.
-    eps: the noise of each image is scaled by 1 + jitter * N(0, 1). The norm of plain noise varies by only 1%, and a
-    network full of normalisations learns slowly to see that; what it does not see stays in the picture as grain.
-    """
-    generator = torch.manual_seed(seed * 1_000_003 + step)  # the global one: dropout draws from it after this
-    x0 = draw(size, generator)
-    t = ((torch.arange(size) + torch.rand(size, generator=generator)) * num_timesteps / size).long()
-    eps = torch.randn(x0.shape, generator=generator) * (1 + jitter * torch.randn(size, 1, 1, 1, generator=generator))
-    return x0, t.clamp(max=num_timesteps - 1), eps
-
-
 @torch.no_grad()
 def update_average(average: UNet, unet: UNet, decay: float) -> None:
     """average = decay * average + (1 - decay) * unet. It draws better than the weights of any single step."""
@@ -252,12 +250,16 @@ def update_average(average: UNet, unet: UNet, decay: float) -> None:
 
 
 def preview(unet: UNet, path: Path) -> None:
-    """Left: DDPM, clipped. Right: DDIM, not clipped, which shows errors of colour that clipping hides."""
-    grids = [
-        grid(to_uint8(sample(unet, range(16), steps=steps, sampler=sampler)))
-        for sampler, steps in (("ddpm", 100), ("ddim", 50))
-    ]
-    save_png(path, beside(*grids), enlargement(unet.config.image_size))
+    """Left: DDPM, clipped. Right: DDIM, not clipped, which shows errors of colour that clipping hides.
+
+    The vocabulary's examples are drawn, under its guidance, where there are any.
+    """
+    scale, sheets, shown = enlargement(unet.config.image_size), [], unet.vocabulary.examples if unet.vocabulary else ()
+    words = {"context": unet.vocabulary.encode(*shown), "guidance": unet.vocabulary.guidance} if shown else {}
+    for sampler, steps in (("ddpm", 100), ("ddim", 50)):
+        images = to_uint8(sample(unet, range(len(shown) or 16), steps=steps, sampler=sampler, **words))
+        sheets.append(labelled(images, shown, scale=scale) if shown else grid(images))
+    save_png(path, beside(*sheets), 1 if shown else scale)
 
 
 def log(path: Path, step: int, *values: float) -> None:
@@ -275,10 +277,11 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="train_tiny.py", doc=__doc__)
     kinds = {"int": int, "float": float, "float | None": float, "tuple[int, ...]": whole_numbers}
+    kinds["tuple[str, ...]"] = lambda text: tuple(text.split(","))
     for each in fields(Settings):
         about = dict(each.metadata)
         if each.type == "bool":
-            about["action"] = "store_true"
+            about["action"] = argparse.BooleanOptionalAction
         else:
             about["type"] = kinds.get(each.type, str)
             if each.default is not None:

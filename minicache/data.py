@@ -1,4 +1,5 @@
-"""Images to train on. A source is a function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1].
+"""Images to train on. A source is a function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1]; a captioned one (see
+`captions`) gives x0 and the ids of words [n, K], or None for them.
 
 A training step's images depend on its generator alone, so a resumed run sees what an uninterrupted one sees.
 """
@@ -24,6 +25,7 @@ from minicache.files import cache_folder, fetch
 from minicache.images import to_tensor
 
 Source = Callable[[int, torch.Generator], Tensor]
+CaptionedSource = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # no pickles inside, unlike the Python archive
 CIFAR10_CHECKSUM = "md5:c32a1d4ab5d03f1284b67883e8d87530"
@@ -53,6 +55,27 @@ def source(name: str, image_size: int) -> Source:
         return to_tensor(batch)
 
     return draw
+
+
+def wordless(draw: Source) -> CaptionedSource:
+    """A source of pictures without words: its ids are None."""
+    return lambda n, generator: (draw(n, generator), None)
+
+
+def batch(
+    draw: CaptionedSource, size: int, num_timesteps: int, jitter: float, seed: int, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x0 [B, C, H, W], t [B], eps [B, C, H, W] and context of a step: they depend on the seed and the step alone.
+
+    t: one random timestep from each of `size` equal parts of 0..T-1, so that every step has some of the noisiest.
+    eps: the noise of each image is scaled by 1 + jitter * N(0, 1). The norm of plain noise varies by only 1%, and a
+    network full of normalisations learns slowly to see that; what it does not see stays in the picture as grain.
+    """
+    generator = torch.manual_seed(seed * 1_000_003 + step)  # the global one: dropout draws from it after this
+    x0, context = draw(size, generator)
+    t = ((torch.arange(size) + torch.rand(size, generator=generator)) * num_timesteps / size).long()
+    eps = torch.randn(x0.shape, generator=generator) * (1 + jitter * torch.randn(size, 1, 1, 1, generator=generator))
+    return x0, t.clamp(max=num_timesteps - 1), eps, context
 
 
 def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
@@ -99,16 +122,28 @@ def each_image(path: Path, image_size: int | None) -> Iterator[np.ndarray]:
     if not files:
         raise ValueError(f"data={str(path)!r} holds no images ({', '.join(SUFFIXES)})")
     for name, content in tqdm(files, desc="reading", unit="image", disable=None, leave=False):
-        try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(content()))).convert("RGB")
-        except UNREADABLE:
-            raise ValueError(f"{name} in {path} is not an image that can be read") from None
+        image = decode(content, f"{name} in {path}")
         size = image.size if image_size is None else (image_size, image_size)
         pixels = np.asarray(ImageOps.fit(image, size, Image.Resampling.BOX))
         shape = shape or pixels.shape
         if pixels.shape != shape:
             raise ValueError(f"{name} in {path} is {image.width}x{image.height} pixels, unlike the first image")
         yield pixels
+
+
+def decode(content: Callable[[], bytes], name: str) -> Image.Image:
+    """The image in a file's content: RGB, turned as its camera says, on white where it is transparent.
+
+    ValueError, with the name, where it cannot be read.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content())))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except UNREADABLE:
+        raise ValueError(f"{name} is not an image that can be read") from None
 
 
 def read_images(path: Path, image_size: int | None) -> Tensor:

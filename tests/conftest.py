@@ -6,13 +6,16 @@ import sys
 import types
 import zlib
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minicache import Diffusion, UNet, UNetConfig, placement
+from minicache.captions import CATEGORIES
 from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION
 from minicache.formats.pesser import PESSER
 
@@ -134,6 +137,36 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def relative(a, b) -> float:
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     return ((a - b).norm() / b.norm()).item()
+
+
+def draw_emoji(folder: Path, names: tuple[str, ...] = ("red apple", "green apple", "blue cat")) -> Path:
+    """Two packages, as npm unpacks them: each name is a plain square, darker by one of the vendors.
+
+    The categories are those of `captions.CATEGORIES`, in turn.
+    """
+    for vendor, package, light in (("google", "emoji-datasource-google/package", 255), ("twitter", "twitter", 200)):
+        rows = [emoji_row(name, category) for name, category in zip(names, cycle(CATEGORIES))]
+        pictures = folder / package / "img" / vendor / "64"
+        pictures.mkdir(parents=True)
+        for row in rows:
+            color = [light * (word in row["name"]) for word in ("RED", "GREEN", "BLUE")]
+            Image.new("RGB", (64, 64), tuple(color)).save(pictures / row["image"])
+        rows += [emoji_row("a flag", "Flags"), emoji_row("seven", "Symbols", subcategory="keycap")]
+        (folder / package / "emoji.json").write_text(json.dumps([*rows, emoji_row("ghost", CATEGORIES[0], has=False)]))
+    return folder
+
+
+def emoji_row(name: str, category: str, subcategory: str = "thing", has: bool = True) -> dict:
+    """A row of emoji.json; the short name is "NAME_thing" with a number, whose words are NAME and thing."""
+    return {
+        "name": name.upper(),
+        "short_names": [f"{name.replace(' ', '_')}_thing2"],
+        "image": f"{name.replace(' ', '-')}.png",
+        "category": category,
+        "subcategory": subcategory,
+        "has_img_google": has,
+        "has_img_twitter": has,
+    }
 
 
 class Recorder(torch.nn.Module):

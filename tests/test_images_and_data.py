@@ -158,6 +158,15 @@ def test_photos_are_turned_as_their_camera_says(tmp_path):
     assert abs(x[:, :, :3].mean() - x[:, :, -3:].mean()) > 1 > abs(x[:, :3].mean() - x[:, -3:].mean())
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_lie_on_white(tmp_path, mode):
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 16, 8))
+    image.convert(mode).save(tmp_path / "half.png", **({"transparency": 0} if mode == "P" else {}))
+    x = source(str(tmp_path), 16)(1, generator())[0]
+    assert (x[:, 8:] == 1).all() and ((x[:, :8] == -1).all() or mode == "P")
+
+
 def test_half_of_the_pictures_are_flipped(tmp_path):
     image = Image.new("RGB", (16, 16))
     image.putpixel((0, 0), (255, 255, 255))

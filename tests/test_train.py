@@ -3,17 +3,21 @@
 import csv
 import os
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import random_unet
+from conftest import SMALL, draw_emoji, random_unet
 from PIL import Image
 
 import train_tiny
-from minicache import Diffusion, load, sample
+from minicache import Diffusion, UNet, load, sample
+from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import save
-from train_tiny import Settings, batch, main, parse
+from minicache.data import batch, wordless
+from minicache.images import BAND
+from minicache.words import Vocabulary
+from train_tiny import BINS, Settings, Training, main, parse
 
 QUICK = {
     "image_size": 16,
@@ -30,10 +34,27 @@ QUICK = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
-    if request.function is not test_preview_draws_both_samplers:
+    if "preview" not in request.function.__name__:
         monkeypatch.setattr(train_tiny, "preview", lambda unet, path: path.touch())
     with torch.enable_grad():
         yield
+
+
+def black(n, generator):
+    return torch.zeros(n, 3, 16, 16), None
+
+
+@pytest.fixture
+def words(tmp_path) -> dict:
+    """A run on emoji with words, a small one."""
+    return {**QUICK, "data": str(draw_emoji(tmp_path / "emoji")), "context_dim": 16}
+
+
+def fresh(vocabulary: Vocabulary) -> UNet:
+    """A network that takes these words, and has learned nothing."""
+    unet = UNet(replace(SMALL, context_dim=16, num_tokens=1 + len(vocabulary.words), pooled_context=True)).eval()
+    unet.diffusion, unet.vocabulary = Diffusion(), vocabulary
+    return unet
 
 
 def test_it_learns_and_its_checkpoint_samples(tmp_path):
@@ -47,7 +68,7 @@ def test_it_learns_and_its_checkpoint_samples(tmp_path):
     unet = load(last)
     assert unet.config.image_size == 16 and unet.diffusion.beta_end == train_tiny.BETA_END
     assert torch.isfinite(sample(unet, [0], steps=5)).all()
-    x0, t, eps = batch(lambda n, g: torch.zeros(n, 3, 16, 16), 32, 1000, 0.0, 7, 0)
+    x0, t, eps, _ = batch(black, 32, 1000, 0.0, 7, 0)
     assert unet.diffusion.loss(unet, x0, t, eps).mean() < 0.5
     assert (tmp_path / "preview_000150.png").exists()
 
@@ -57,8 +78,10 @@ def weights(path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, dropout):
-    whole = weights(main(out=str(tmp_path / "whole"), dropout=dropout, **QUICK))
+@pytest.mark.parametrize("with_words", [False, True])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, dropout, with_words, words):
+    flags = {**(words if with_words else QUICK), "dropout": dropout}
+    whole = weights(main(out=str(tmp_path / "whole"), **flags))
 
     def interrupted(*args):
         if args[-1] == 2:
@@ -67,20 +90,18 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, dropout
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_tiny, "batch", interrupted)
-        main(out=str(tmp_path / "parts"), dropout=dropout, **QUICK)
+        main(out=str(tmp_path / "parts"), **flags)
     assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["training"]["step"] == 3
-    resumed = weights(main(out=str(tmp_path / "parts"), dropout=dropout, resume=True, **QUICK))
+    resumed = weights(main(out=str(tmp_path / "parts"), resume=True, **flags))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    def draw(n, generator):
-        return torch.rand(n, 3, 4, 4, generator=generator)
-
+    draw = wordless(lambda n, generator: torch.rand(n, 3, 4, 4, generator=generator))
     first, again, other = (batch(draw, 8, 1000, 0.05, 0, step) for step in (5, 5, 6))
-    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], again)) and not torch.equal(first[0], other[0])
     assert [int(t) // 125 for t in first[1]] == list(range(8))
-    amplitudes = batch(lambda n, g: torch.zeros(n, 3, 32, 32), 500, 1000, 0.05, 0, 0)[2].flatten(1).std(dim=1)
+    amplitudes = batch(black, 3000, 1000, 0.05, 0, 0)[2].flatten(1).std(dim=1)
     assert 0.04 < amplitudes.std() < 0.06 and abs(amplitudes.mean() - 1) < 0.01
 
 
@@ -108,6 +129,8 @@ def test_flags_are_the_settings(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert vars(parse([])) == asdict(Settings())
     assert parse(["--channel-mult", "1,2", "--resume"]).channel_mult == (1, 2)
+    assert parse([]).categories == CATEGORIES and not parse(["--no-pooled-context"]).pooled_context
+    assert parse(["--categories", "Objects,Food & Drink"]).categories == ("Objects", "Food & Drink")
     with pytest.raises(SystemExit) as error:
         parse(["--channel-mult", "1,x"])
     assert error.value.code == 2
@@ -121,6 +144,66 @@ def test_preview_draws_both_samplers(tmp_path):
     train_tiny.preview(unet, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
         assert image.size == (6 * (2 * (4 * 18 + 2) + 8), 6 * (4 * 18 + 2))
+
+
+def test_preview_has_captions_under_the_pictures(tmp_path):
+    unet = fresh(Vocabulary(("cat", "dog", "red"), 5, examples=("red cat",) * 3))
+    train_tiny.preview(unet, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size == (2 * (2 * (96 + 4) + 4) + 8, 2 * (96 + BAND + 4) + 4)
+
+
+def test_words_reach_the_network(words, monkeypatch):
+    monkeypatch.setattr(train_tiny, "WARMUP", 1)
+    vocabulary = captioned(words["data"]).vocabulary()
+    training = Training(Settings(**words), vocabulary)
+    config, before = training.unet.config, training.unet.tokens.weight.clone()
+    assert (config.num_tokens, config.context_dim, config.heads, config.pooled_context) == (9, 16, 4, True)
+    assert training.unet.vocabulary == training.average.vocabulary == vocabulary
+    draw = captioned(words["data"]).source(vocabulary, 16)
+    for step in range(4):  # the last layers begin at zero, and nothing comes through at first
+        training.update(*batch(draw, 32, 1000, 0.05, 0, step))
+    assert training.unet.tokens.weight.grad[1:].abs().sum(dim=1).min() > 0
+    for unet in (training.unet, training.average):
+        assert not unet.tokens.weight[0].any() and ((unet.tokens.weight - before)[1:] != 0).any(dim=1).all()
+
+
+def test_the_checkpoint_keeps_the_words(tmp_path, words):
+    last = main(out=str(tmp_path / "out"), **{**words, "steps": 1})
+    known = load(last).vocabulary
+    assert known == captioned(words["data"]).vocabulary()
+    assert len(known.examples) == 16 and {*known.examples} == {*captioned(words["data"]).captions}
+    draw_emoji(tmp_path / "other", ("red apple", "green apple", "blue dog"))
+    with pytest.raises(ValueError, match="was trained with other words"):
+        main(out=str(tmp_path / "out"), resume=True, **{**words, "data": str(tmp_path / "other")})
+
+
+def test_with_words_each_loss_counts_by_its_ratio_to_the_usual_one(words, monkeypatch):
+    vocabulary = captioned(words["data"]).vocabulary()
+    training, t, ids = Training(Settings(**words), vocabulary), torch.tensor([0, 49, 50, 999]), torch.ones(4, 1).long()
+    losses, factor = torch.tensor([4.0, 2.0, 3.0, 0.5]), torch.ones(1, requires_grad=True)
+    monkeypatch.setattr(Diffusion, "loss", lambda *args: losses * factor)
+    x = torch.zeros(4, 3, 16, 16)
+    for given in (ids, None):
+        training.usual = [1.0, 2.0] + [1.0] * (BINS - 2)
+        factor.grad = None
+        assert torch.equal(training.update(x, t, x, given), losses)
+        assert factor.grad.item() == pytest.approx((4 + 2 + 3 / 2 + 0.5) / 4)
+        usual = [1.0397, 2.01, 0.995] if given is not None else [1.0, 2.0, 1.0]
+        assert [training.usual[k] for k in (0, 1, -1)] == pytest.approx(usual) and training.usual[2:-1] == [1.0] * 17
+
+
+def test_a_network_begins_with_words_or_without(tmp_path, words, monkeypatch):
+    unet = fresh(Vocabulary(("apple",), 13))
+    monkeypatch.setattr(train_tiny, "load", lambda name: unet)
+    with pytest.raises(ValueError, match=r"--init net.pt has words, and --data shapes has no captions"):
+        main(out=str(tmp_path / "out"), init="net.pt", **QUICK)
+    with pytest.raises(ValueError, match="the network has not learned the word 'red'"):
+        main(out=str(tmp_path / "out"), init="net.pt", **words)
+    unet.vocabulary = None
+    with pytest.raises(ValueError, match=r"--init net.pt has no words, and --data .*emoji has captions"):
+        main(out=str(tmp_path / "out"), init="net.pt", **words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_average_moves_towards_the_weights():
@@ -158,7 +241,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     assert last.read_bytes() == before
 
     def with_nan_gradients(diffusion, unet, x0, t, eps):
-        return loss(diffusion, unet, x0, t, eps) + (0 * unet.conv_out.bias.sum()).sqrt()  # adds 0, with slope 0 * inf
+        return (
+            loss(diffusion, unet, x0, t, eps) + (0 * unet.func.conv_out.bias.sum()).sqrt()
+        )  # adds 0, with slope 0 * inf
 
     loss = Diffusion.loss
     monkeypatch.setattr(Diffusion, "loss", with_nan_gradients)

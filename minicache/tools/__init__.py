@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +60,23 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
             said = f"{error.filename}: {error.strerror}"
         print(f"{name}: {said.splitlines()[0] if said else type(error).__name__}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once."""
+    interrupted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepare_out(out: Path, endings: tuple[str, ...]) -> None:

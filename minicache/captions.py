@@ -1,0 +1,147 @@
+"""Pictures with words: a folder with a captions.csv, or the emoji of two vendors; and what of them is held out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from minicache.data import CaptionedSource, decode
+from minicache.images import to_tensor
+from minicache.words import Vocabulary, words_in
+
+CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
+LEFT_OUT = {"Component", "Flags", "alphanum", "keycap"}  # categories and subcategories: signs more than pictures
+STYLES = {"google": "noto", "twitter": "twemoji"}  # what the vendors call their emoji
+LENGTH = 13  # ids of a prompt, unless a caption is longer: prompts may be longer than short captions
+EXAMPLES = 16  # captions that a vocabulary shows
+HELD_OUT = 0.05  # of the pictures
+DROPOUT = 0.1  # of whole captions, for guidance; and of single words, so that each of them counts
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Files of pictures, the caption of each, and the name of what each shows; files are read when asked."""
+
+    files: tuple[Path, ...]
+    captions: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def images(self, image_size: int) -> Tensor:
+        """uint8 [N, S, S, 3], scaled, and cropped about the centre; ValueError where one cannot be read."""
+        files = tqdm(self.files, desc="reading", unit="image", disable=None, leave=False)
+        size, method = (image_size, image_size), Image.Resampling.LANCZOS
+        return torch.from_numpy(np.stack([ImageOps.fit(decode(f.read_bytes, str(f)), size, method) for f in files]))
+
+    def vocabulary(self) -> Vocabulary:
+        """All words of the captions, in the order of the alphabet; some captions from all over the set as examples."""
+        said = [words_in(caption) for caption in self.captions]
+        words = sorted({word for words in said for word in words})
+        examples = [self.captions[k * len(said) // EXAMPLES] for k in range(EXAMPLES)]
+        return Vocabulary(tuple(words), max(LENGTH, *map(len, said)), examples=tuple(examples))
+
+    def held_out(self) -> list[int]:
+        """Which pictures no training sees: HELD_OUT of all, each of a name whose other picture stays.
+
+        They are drawn from the names that have two pictures, always the same ones; there may be fewer, or none.
+        """
+        places: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            places.setdefault(name, []).append(i)
+        pairs = [places[name] for name in sorted(places) if len(places[name]) == 2]
+        random = np.random.RandomState(0)
+        drawn = random.permutation(len(pairs))[: round(HELD_OUT * len(self.names))]
+        return sorted(pairs[k][random.randint(2)] for k in drawn)
+
+    def training(self) -> list[int]:
+        """The other pictures."""
+        held_out = set(self.held_out())
+        return [i for i in range(len(self.names)) if i not in held_out]
+
+    def source(self, vocabulary: Vocabulary, image_size: int) -> CaptionedSource:
+        """A function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1], ids [n, length], some of them 0 (DROPOUT).
+
+        Nothing is flipped: captions tell left from right. ValueError for a word that is not in the vocabulary.
+        """
+        training = self.training()
+        ids, images = vocabulary.encode(*self.captions)[training], self.images(image_size)[training]
+
+        def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            drawn = torch.randint(len(images), (n,), generator=generator)
+            kept = torch.rand(n, vocabulary.length, generator=generator) > DROPOUT
+            kept &= torch.rand(n, 1, generator=generator) > DROPOUT
+            return to_tensor(images[drawn]), ids[drawn] * kept
+
+        return draw
+
+
+def captioned(folder: str | Path, categories: tuple[str, ...] = CATEGORIES) -> Captioned | None:
+    """The pictures with words in a folder; None where there are no words.
+
+    folder: holds a captions.csv, or, one or two levels down, the unpacked npm packages emoji-datasource-google and
+    emoji-datasource-twitter (one of them, or others of their kind, will do). categories: those of the emoji to take.
+    ValueError for what is not as it should be.
+    """
+    folder = Path(folder)
+    if (folder / "captions.csv").is_file():
+        return from_csv(folder / "captions.csv")
+    vendors = {path.parent.name: path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/img/*/64")}
+    return from_emoji([vendors[name] for name in sorted(vendors)], categories) if vendors else None
+
+
+def from_csv(path: Path) -> Captioned:
+    """The pictures of a captions.csv: each line is a file beside it and a caption; the first may be a header."""
+    found: list[tuple[Path, str, str]] = []
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        cells, where = [cell.strip() for cell in row], f"{path}, line {number}"
+        if not any(cells) or (number == 1 and [cell.lower() for cell in cells] == ["file", "caption"]):
+            continue
+        if len(cells) != 2:
+            raise ValueError(f"{where}: need a file and a caption (in quotes, if it has commas), not {','.join(row)!r}")
+        file, caption = cells
+        if not (path.parent / file).is_file():
+            raise ValueError(f"{where}: there is no picture {file!r} in {path.parent}")
+        if not words_in(caption):
+            raise ValueError(f"{where}: the caption {caption!r} of {file} has no words of letters a to z")
+        found.append((path.parent / file, caption, " ".join(words_in(caption))))
+    if not found:
+        raise ValueError(f"{path} names no pictures")
+    return Captioned(*zip(*found))
+
+
+def from_emoji(folders: list[Path], categories: tuple[str, ...]) -> Captioned:
+    """The emoji in folders PACKAGE/img/VENDOR/64, as PACKAGE/emoji.json describes them, without skin variations.
+
+    A caption is the words of the emoji's name, then those of its short names, each once, then the vendor's style; the
+    name of what it shows is the caption without the style, so that vendors share it.
+    """
+    found: list[tuple[Path, str, str]] = []
+    for folder in folders:
+        vendor, table = folder.parent.name, folder.parents[2] / "emoji.json"
+        try:
+            rows = [row for row in json.loads(table.read_bytes()) if row[f"has_img_{vendor}"]]
+            rows = [row for row in rows if not {row["category"], row["subcategory"]} & LEFT_OUT]
+            known = {row["category"] for row in rows}
+            rows = [row for row in rows if row["category"] in categories]
+            said = [(folder / row["image"], words_in(" ".join([row["name"], *row["short_names"]]))) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{table} is not a table of emoji: {type(error).__name__} {error}") from None
+        if not categories or set(categories) - known:
+            raise ValueError(f"categories={', '.join(categories)}: need some of {', '.join(sorted(known))}")
+        for file, words in said:
+            if not file.is_file():
+                raise ValueError(f"there is no picture {file}, of which {table} tells")
+            name = " ".join(words)
+            found.append((file, f"{name} {STYLES.get(vendor, vendor)}", name))
+    return Captioned(*zip(*found))
