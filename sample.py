@@ -35,7 +35,8 @@ from minicache.metrics import psnr
 from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose_placement, place
 from minicache.plan import FORECASTS
 from minicache.recipe import nearest_recipe, recipe_from, recipe_from_file, recipes_in
-from minicache.samplers import SAMPLERS, STEPS
+from minicache.samplers import SAMPLERS
+from minicache.sampling import STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
 from minicache.tools import Parser, prepare_out, run
 from minicache.unet import UNet

@@ -16,7 +16,7 @@ from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
 from minicache.recipe import nearest_recipe
-from minicache.samplers import sample as sample_images
+from minicache.sampling import sample as sample_images
 from minicache.tools import run
 from minicache.words import Vocabulary
 from sample import main, parse, recipe_within

@@ -47,7 +47,8 @@ from minicache.metrics import Samples, frechet_distance, inception, psnr, read_s
 from minicache.placement import COMPILE, DTYPES, choose_placement, place
 from minicache.plan import CachePlan, nonuniform, uncached, uniform
 from minicache.recipe import Recipe, recipes_in
-from minicache.samplers import SAMPLERS, sample
+from minicache.samplers import SAMPLERS
+from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
 from minicache.tools import Parser
 from minicache.tools.classifier import classifier_features
