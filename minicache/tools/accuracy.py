@@ -1,0 +1,137 @@
+"""Does a network draw what it is told to? How often a sample is nearest to a picture of what its caption names.
+
+    python -m minicache accuracy --ckpt emoji --data FOLDER
+    python -m minicache accuracy --ckpt emoji --data FOLDER --plan recipe.json
+
+--data: the captions it was trained on (see train_tiny.py). Two groups of captions are drawn: held-out ones, whose
+pictures it has never seen, but only those of the same name in another style; and some of the trained ones, always the
+same. A sample is right where, of all pictures, trained and held out, the nearest one has the caption's name, in any
+style. Nearest is by the cosine of the pixels in [-1, 1], after a Gaussian blur of SIGMA pixels (at 32 x 32): a sample
+may be a pixel off, and guidance makes contrasts stronger. Errors are binomial standard errors.
+
+Writes accuracy.md, and accuracy.png: samples of both groups, each beside the nearest picture that was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minicache.captions import CATEGORIES, Captioned, captioned
+from minicache.checkpoints import fingerprint, load
+from minicache.cost import full_passes
+from minicache.files import replacing
+from minicache.images import enlargement, labelled, save_png, to_tensor, to_uint8
+from minicache.placement import choose_placement, place
+from minicache.plan import uncached
+from minicache.recipe import Recipe, recipe_from_file
+from minicache.samplers import SAMPLERS, sample
+from minicache.tools import Parser, prepare_out
+from minicache.tools.evaluate import markdown
+from minicache.words import Vocabulary
+
+STEPS = 50
+SIGMA = 1.0
+FIRST = 10  # besides the nearest picture, so many nearest ones are looked at
+SHOWN = 36  # samples of each group on the sheet
+
+
+def features(images: Tensor) -> Tensor:
+    """[B, C, S, S] near [-1, 1] -> unit vectors [B, C*S*S], blurred, whose products are cosines."""
+    sigma = SIGMA * images.shape[-1] / 32
+    reach = math.ceil(3 * sigma)
+    bell = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    rows = F.pad(images.clamp(-1, 1).flatten(0, 1)[:, None], (reach,) * 4, value=1.0)  # [B*C, 1, ...] on white
+    rows = F.conv2d(F.conv2d(rows, bell.reshape(1, 1, -1, 1)), bell.reshape(1, 1, 1, -1))
+    return F.normalize(rows.reshape(len(images), -1), dim=1)
+
+
+def groups(words: Captioned, num: int) -> dict[str, list[int]]:
+    """Which pictures' captions are drawn: at most `num` of those held out, if there are any, and of the others."""
+    training = words.training()
+    trained = np.random.RandomState(0).permutation(training)[:num].tolist()
+    found = {"held out": words.held_out()[:num], "trained": trained}
+    return {name: indices for name, indices in found.items() if indices}
+
+
+def judged(names: tuple[str, ...], indices: list[int], cosines: Tensor) -> dict[str, Any]:
+    """A row of the table. cosines: [n, N], of the samples to all pictures; indices: of the samples' captions."""
+    ranked = cosines.topk(min(FIRST, len(names)), dim=1).indices.tolist()
+    right = [[names[other] == names[i] for other in row] for i, row in zip(indices, ranked)]
+    n = len(indices)
+    accuracy, among_first = sum(row[0] for row in right) / n, sum(map(any, right)) / n
+    return {
+        "n": n,
+        "right": accuracy,
+        "+-": math.sqrt(accuracy * (1 - accuracy) / n),
+        f"among the {FIRST} nearest": among_first,
+        "by chance": sum(names.count(names[i]) for i in indices) / n / len(names),
+    }
+
+
+def chosen_recipe(args: argparse.Namespace, vocabulary: Vocabulary) -> Recipe:
+    """What --plan or the flags say; the guidance that suits the network, unless another is asked for."""
+    flags = {name: getattr(args, name) for name in ("sampler", "steps", "guidance") if getattr(args, name) is not None}
+    if args.plan:
+        return recipe_from_file(args.plan, **flags)
+    steps = uncached(flags.pop("steps", STEPS))
+    return Recipe(steps, **{"guidance": vocabulary.guidance, **flags})
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in ("num", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    words = captioned(args.data, args.categories)
+    if words is None:
+        raise ValueError(f"--data {args.data} has no captions")
+    unet = load(args.ckpt)
+    if unet.vocabulary is None:
+        raise ValueError(f"--ckpt {args.ckpt} knows no words")
+    recipe, weights, size = chosen_recipe(args, unet.vocabulary), fingerprint(unet), unet.config.image_size
+    settings, ids = recipe.settings(weights), unet.vocabulary.encode(*words.captions)
+    pictures = words.images(size)
+    prepare_out(args.out, ())
+    unet = place(unet, choose_placement(args.device, "float32", compile=False))
+    known, training = features(to_tensor(pictures)), words.training()
+    rows, sheet, labels = [], [], []
+    for name, indices in groups(words, args.num).items():
+        seeds = range(len(indices))
+        drawn = sample(unet, seeds, context=ids[indices], batch_size=args.batch_size, progress=True, **settings).cpu()
+        cosines = features(drawn) @ known.T
+        rows.append({"captions": name, **judged(words.names, indices, cosines)})
+        nearest = pictures[training][cosines[:SHOWN, training].argmax(dim=1)].numpy()
+        sheet.append(np.concatenate([to_uint8(drawn[:SHOWN]), nearest], axis=2))
+        labels += [f"{words.captions[i]} ({name})" for i in indices[:SHOWN]]
+    how = f"{recipe.sampler}, {recipe.spacing}, {recipe.plan.steps} steps, guidance {recipe.guidance:g}"
+    report = f"{args.ckpt} ({weights}): {how}, {full_passes(unet, recipe.plan):.1f} full passes\n\n{markdown(rows)}"
+    print(report)
+    with replacing(args.out / "accuracy.md") as temporary:
+        temporary.write_text(report)
+    save_png(args.out / "accuracy.png", labelled(np.concatenate(sheet), labels, 6, enlargement(size)))
+    print(f"{args.out / 'accuracy.png'} (left: sample, right: the nearest picture trained on)")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m minicache accuracy", doc=__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a checkpoint that knows words")
+    add("--data", required=True, help="a folder with captions, or with emoji")
+    categories = {"type": lambda text: tuple(text.split(",")), "default": CATEGORIES}
+    add("--categories", **categories, help=f"what was learned of emoji (default: {','.join(CATEGORIES)})")
+    add("--out", type=Path, default=Path("accuracy"), help="a folder (default: accuracy)")
+    add("--num", type=int, default=200, help="captions of each group, at most (default: 200)")
+    add("--sampler", choices=SAMPLERS, help="(default: ddim)")
+    add("--steps", type=int, help=f"(default: {STEPS})")
+    add("--guidance", type=float, help="(default: what suits the network)")
+    add("--plan", metavar="FILE", help="a recipe (JSON) that sets the sampler, the guidance and what is cached")
+    add("--batch-size", type=int, default=50, help="(default: 50)")
+    add("--device", default="auto", help="cpu, cuda, mps; default: cuda or mps where there is one, else cpu")
+    return parser.parse_args(argv)
