@@ -4,6 +4,7 @@ examples:
   python sample.py                                                  # the embedded network, into samples.png
   python sample.py --interval 4 --compare                           # with the same pictures uncached on the left
   python sample.py --ckpt ddpm_cifar10_ema --steps 100 --spacing quad --interval 5
+  python sample.py --ckpt emoji --prompt "red heart" --prompt "cat face" --guidance 3 --interval 5 --branch 1 --compare
   python sample.py --sampler dpm++2m --steps 25 --interval 3 --branch 1 --forecast linear
   python sample.py --budget 20                                      # the best plan known for 20 full passes
   python sample.py --num 16 --out denoise.gif                       # watch the pictures emerge
@@ -29,15 +30,17 @@ from minicache import CachePlan, Recipe, denoise, load, sample, uncached
 from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import SPACINGS, VARIANCES
-from minicache.images import beside, enlargement, grid, save_gif, save_png, to_tensor, to_uint8
+from minicache.images import beside, enlargement, grid, labelled, save_gif, save_png, to_tensor, to_uint8
 from minicache.metrics import psnr
 from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose_placement, place
 from minicache.plan import FORECASTS
 from minicache.recipe import nearest_recipe, recipe_from, recipe_from_file, recipes_in
-from minicache.samplers import SAMPLERS, STEPS
+from minicache.samplers import SAMPLERS
+from minicache.sampling import STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
 from minicache.tools import Parser, prepare_out, run
 from minicache.unet import UNet
+from minicache.words import Prompts
 
 FLAGS = ("sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power", "forecast")
 FRAMES = 50  # of an animation, at most
@@ -59,29 +62,33 @@ def main(args: argparse.Namespace) -> None:
     placement = choose_placement(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
     unet = load(args.ckpt)
     weights = fingerprint(unet)  # before they change their dtype
-    recipe = recipe or recipe_within(args, unet, weights)
+    prompts = prompts_for(args, unet)
+    recipe = recipe or recipe_within(args, unet, weights, prompts.guidance)
+    recipe = recipe if args.plan else replace(recipe, guidance=prompts.guidance)
     recipe = recipe if args.clip is None else replace(recipe, clip_x0=args.clip)
     settings = recipe.settings(weights)
     unet = place(unet, placement)
-    denoise(unet, seeds[-1:], **settings)  # refuses now what it would refuse later
+    denoise(unet, seeds[-1:], **prompts.context(seeds[-1:]), **settings)  # refuses now what it would refuse later
     unet.cached_shape(recipe.plan.branch, *[unet.config.image_size] * 2)
     prepare_out(out, (".png", ".gif", ".npz"))
     if rank == 0:
         describe(args, unet, settings, placement)
     if one_picture:
-        show(args, unet, seeds, settings, out)
+        show(args, unet, seeds, prompts, settings, out)
         return
     made_with = {"weights": weights, **asdict(recipe), "seed": args.seed, "num": args.num,
-                 "batch_size": args.batch_size, "torch": torch.__version__,
+                 "prompts": prompts.texts, "batch_size": args.batch_size, "torch": torch.__version__,
                  "placement": str(replace(placement, device=torch.device(placement.device.type)))}  # fmt: skip
-    fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, settings)
+    fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings)
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe | None:
     """What the flags or the --plan file say; None for --budget, which needs the network."""
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    if args.budget is None and args.plan:
+        return recipe_from_file(args.plan, **flags, **({} if args.guidance is None else {"guidance": args.guidance}))
     if args.budget is None:
-        return recipe_from_file(args.plan, **flags) if args.plan else recipe_from(**flags)
+        return recipe_from(**flags)
     if not 0 < args.budget < math.inf:
         raise ValueError(f"--budget {args.budget:g} must be positive and finite")
     if args.plan or flags:
@@ -90,11 +97,40 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe | None:
     return None
 
 
-def recipe_within(args: argparse.Namespace, unet: UNet, weights: str) -> Recipe:
+def prompts_for(args: argparse.Namespace, unet: UNet) -> Prompts:
+    """What the flags ask for, else the network's own examples; ValueError for what it does not understand."""
+    asked = {name: getattr(args, name) for name in ("prompt", "prompts", "label", "guidance")}
+    if unet.config.context_dim is None:
+        for name, value in asked.items():
+            if value is not None:
+                raise ValueError(f"--{name.replace('label', 'class')}: {args.ckpt} cannot be told what to draw")
+        return Prompts([])
+    if unet.vocabulary is None:
+        if args.prompt or args.prompts or not args.label:
+            raise ValueError(f"{args.ckpt} knows classes, not words: say which with --class")
+        if not all(0 <= label < unet.config.num_tokens for label in args.label):
+            raise ValueError(f"--class {args.label}: the classes are 0..{unet.config.num_tokens - 1}")
+        texts, ids = [f"class {label}" for label in args.label], torch.tensor(args.label)[:, None]
+        return Prompts(texts, ids, args.seed, 1.0 if args.guidance is None else args.guidance)
+    if args.label:
+        raise ValueError(f"--class: {args.ckpt} knows words, not classes: use --prompt")
+    texts = list(args.prompt or ())
+    if args.prompts:
+        texts += [line for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        if not texts:
+            raise ValueError(f"--prompts {args.prompts} holds no prompt")
+    texts = texts or list(unet.vocabulary.examples)
+    if not texts:
+        return Prompts([], guidance=args.guidance or 1.0)
+    guidance = unet.vocabulary.guidance if args.guidance is None else args.guidance
+    return Prompts(texts, unet.vocabulary.encode(*texts), args.seed, guidance)
+
+
+def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: float = 1.0) -> Recipe:
     """The calibrated plan for these weights, of those that ship, whose cost is nearest to --budget."""
-    shipped = recipes_in(embedded_folder() / "recipes", weights)
+    shipped = [each for each in recipes_in(embedded_folder() / "recipes", weights) if each.guidance == guidance]
     try:
-        return nearest_recipe(shipped, args.budget, partial(full_passes, unet))
+        return nearest_recipe(shipped, args.budget, partial(full_passes, unet, guidance=guidance))
     except ValueError as error:
         command = f"python -m minicache calibrate --ckpt {args.ckpt} --budget {args.budget:g} --out recipe.json"
         raise ValueError(f"{error}: make one with {command}, and use it with --plan recipe.json") from None
@@ -110,30 +146,42 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
         print(f"  {REGISTRY[args.ckpt].note}")
     eta = f", eta {settings['eta']}" if settings["eta"] else ""
     line = f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {len(plan.refresh)} in full"
-    passes, macs = full_passes(unet, plan), plan_macs(unet, uncached(plan.steps))
-    cost = f"{plan_macs(unet, plan) / 1e9:.2f} GMACs an image, {passes:.1f} full passes"
+    guidance = settings["guidance"]
+    line += f", guidance {guidance:g}, which takes two passes a step" if guidance != 1 else ""
+    passes, macs = full_passes(unet, plan, guidance), plan_macs(unet, uncached(plan.steps), guidance)
+    cost = f"{passes * plan_macs(unet, uncached(1)) / 1e9:.2f} GMACs an image, {passes:.1f} full passes"
     if partial_steps := plan.steps - len(plan.refresh):
         line += f", {partial_steps} at branch {plan.branch} of {len(unet.D)}"
-        cost += f", instead of {macs / 1e9:.2f}: a speed-up of {plan.steps / passes:.2f}x, if every MAC took as long; "
-        cost += f"cache {cache_bytes(unet, plan) * min(args.num, args.batch_size) / 1e6:.1f} MB a batch"
+        speed_up = macs / plan_macs(unet, plan, guidance)
+        cost += f", instead of {macs / 1e9:.2f}: a speed-up of {speed_up:.2f}x, if every MAC took as long; "
+        cost += f"cache {cache_bytes(unet, plan, guidance) * min(args.num, args.batch_size) / 1e6:.1f} MB a batch"
     print(f"{line}\n{cost}")
 
 
-def show(args: argparse.Namespace, unet: UNet, seeds: range, settings: dict[str, Any], out: Path) -> None:
-    """Save a grid or an animation; with --compare, the uncached one on its left."""
+def show(
+    args: argparse.Namespace, unet: UNet, seeds: range, prompts: Prompts, settings: dict[str, Any], out: Path
+) -> None:
+    """Save a grid or an animation, a prompt under each picture; with --compare, the uncached one on its left."""
     plan, film = settings["plan"], out.suffix == ".gif"
     if args.compare:  # the first pass of each kind prepares kernels, and is not what should be compared
-        sample(unet, range(min(args.num, args.batch_size)), plan=CachePlan(2, plan.branch, (0,)))
-    frames, seconds = draw(unet, seeds, args.batch_size, settings, film)
+        draw(
+            unet,
+            seeds[: args.batch_size],
+            args.batch_size,
+            prompts,
+            {**settings, "plan": CachePlan(2, plan.branch, (0,))},
+        )
+    frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, film)
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
-    sheets = [grid(frame) for frame in frames]
+    scale, labels = enlargement(unet.config.image_size), prompts.labels(seeds)
+    sheets = [sheet_of(frame, labels, scale) for frame in frames]
     if args.compare:
-        others, longer = draw(unet, seeds, args.batch_size, {**settings, "plan": uncached(plan.steps)}, film)
+        others, longer = draw(unet, seeds, args.batch_size, prompts, {**settings, "plan": uncached(plan.steps)}, film)
         macs = f"{plan.steps / full_passes(unet, plan):.2f}x by MACs"
         print(f"uncached: {longer:.1f} s; measured speed-up {longer / seconds:.2f}x ({macs})")
         print(difference(frames[-1], others[-1]))
-        sheets = [beside(grid(other), sheet) for other, sheet in zip(others, sheets)]
-    scale = enlargement(unet.config.image_size)
+        sheets = [beside(sheet_of(other, labels, scale), sheet) for other, sheet in zip(others, sheets)]
+    scale = 1 if labels else scale
     save_gif(out, sheets, scale) if film else save_png(out, sheets[-1], scale)
     print(f"{out} (left: uncached, right: as above)" if args.compare else out)
 
@@ -146,10 +194,15 @@ def difference(images: np.ndarray, uncached: np.ndarray) -> str:
     return f"PSNR of each picture to its uncached one: {psnrs}; largest difference {largest:.0f} of 255"
 
 
-def fill_set(images: ImageSet, unet: UNet, settings: dict[str, Any]) -> None:
+def sheet_of(images: np.ndarray, labels: list[str], scale: int) -> np.ndarray:
+    """A grid; where there are labels, enlarged already, with each picture over its own."""
+    return labelled(images, labels, scale=scale) if labels else grid(images)
+
+
+def fill_set(images: ImageSet, unet: UNet, prompts: Prompts, settings: dict[str, Any]) -> None:
     """Draw what is missing of a folder or an .npz: what an earlier run of the same line has drawn is kept."""
     began = time.perf_counter()
-    drawn = fill(images, lambda shard: draw(unet, shard, len(shard), settings)[0][-1])
+    drawn = fill(images, lambda shard: draw(unet, shard, len(shard), prompts, settings)[0][-1])
     seconds, seeds, (rank, world) = time.perf_counter() - began, images.seeds, rank_and_world()
     if rank == 0:
         share = f" by the first of {world} processes" if world > 1 else ""
@@ -160,7 +213,7 @@ def fill_set(images: ImageSet, unet: UNet, settings: dict[str, Any]) -> None:
 
 
 def draw(
-    unet: UNet, seeds: range, batch_size: int, settings: dict[str, Any], film: bool = False
+    unet: UNet, seeds: range, batch_size: int, prompts: Prompts, settings: dict[str, Any], film: bool = False
 ) -> tuple[list[np.ndarray], float]:
     """Pictures uint8 [num, H, W, C] in a list (film: of FRAMES states or fewer, the finished ones last); seconds."""
     began = time.perf_counter()
@@ -168,9 +221,13 @@ def draw(
         steps = settings["plan"].steps
         shown = range(steps - 1, -1, -math.ceil(steps / FRAMES))
         batches = [seeds[k : k + batch_size] for k in range(0, len(seeds), batch_size)]
-        films = [[to_uint8(step.x) for step in denoise(unet, b, **settings) if step.i in shown] for b in batches]
+        films = [
+            [to_uint8(step.x) for step in denoise(unet, b, **prompts.context(b), **settings) if step.i in shown]
+            for b in batches
+        ]
         frames = [np.concatenate(parts) for parts in zip(*films)]
     else:
+        settings = {**settings, **prompts.context(seeds)}
         frames = [to_uint8(sample(unet, seeds, batch_size=batch_size, progress=True, **settings))]
     return frames, time.perf_counter() - began
 
@@ -184,6 +241,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     formats = ("auto", *(name.replace("_", "-") for name in MEMORY_FORMATS))
     add("--memory-format", default="auto", choices=formats, help="default auto: channels-last")
     add("--compile", default="no", choices=COMPILE, help="torch.compile; auto: on a GPU; default no")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--prompt", action="append", help="may stand several times: picture i shows prompt i modulo their number")
+    add("--prompts", metavar="FILE", help="a prompt a line")
+    add("--class", dest="label", type=int, action="append", metavar="N", help="for networks of classes; like --prompt")
+    add(
+        "--guidance", type=float, help="how strictly to follow it, 0 to 100; 1 is none; default: what suits the network"
+    )
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
     add("--steps", type=int, help=f"default {STEPS}")

@@ -32,7 +32,7 @@ from minicache.data import CaptionedSource, batch, source, wordless
 from minicache.diffusion import Diffusion
 from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
 from minicache.placement import choose_placement
-from minicache.samplers import sample
+from minicache.sampling import sample
 from minicache.tools import Parser, interruptions, run
 from minicache.unet import UNet, UNetConfig
 from minicache.words import Vocabulary

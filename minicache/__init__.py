@@ -4,7 +4,7 @@ from minicache.checkpoints import CIFAR10, LSUN_256, load
 from minicache.diffusion import Diffusion
 from minicache.plan import CachePlan, PlanCache, nonuniform, uncached, uniform
 from minicache.recipe import Recipe
-from minicache.samplers import denoise, sample
+from minicache.sampling import denoise, sample
 from minicache.unet import UNet, UNetConfig
 
 __version__ = "0.1.0"

@@ -1,4 +1,7 @@
-"""python -m minicache COMMAND ...; alone, it lists the commands: each is a file in tools/."""
+"""python -m minicache COMMAND ...; alone, it lists the commands.
+
+Each is a file in minicache/tools/ with a docstring, `parse(argv)` and `main(args)`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def commands() -> dict[str, str]:
     for path in sorted((Path(__file__).parent / "tools").glob("*.py")):
         tree = ast.parse(path.read_bytes())  # read, not imported, which takes longer
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[path.stem] = ast.get_docstring(tree).splitlines()[0]
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
 
 

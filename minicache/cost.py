@@ -1,7 +1,7 @@
 """What a plan costs: multiply-accumulates and bytes, counted on the meta device, where nothing is computed.
 
 Conventions: for one image; MACs are those of convolutions and linear layers, as in the papers (attention's two matrix
-products are reported apart); activations are float32; a context has TOKENS tokens.
+products are reported apart); activations are float32; a context has as many tokens as a prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minicache.plan import CachePlan
 from minicache.unet import UNet, UNetConfig
 
-TOKENS = 77  # of CLIP, and so of Stable Diffusion's context
+CLIP_TOKENS = 77  # of a prompt where the words are CLIP's, as in Stable Diffusion
 
 
 class PassCost(NamedTuple):
@@ -53,17 +53,18 @@ class _Peak(TorchDispatchMode):
 
 def pass_cost(unet: UNet, branch: int | None = None) -> PassCost:
     """Of a full pass (branch None), or of a partial pass with `branch` live pairs."""
-    return _count(unet.config, branch)
+    tokens = unet.vocabulary.length if unet.vocabulary else 1 if unet.config.num_tokens else CLIP_TOKENS
+    return _count(unet.config, branch, tokens)
 
 
 @cache
 @torch.no_grad()
-def _count(config: UNetConfig, branch: int | None) -> PassCost:
+def _count(config: UNetConfig, branch: int | None, tokens: int) -> PassCost:
     size = config.image_size
     with torch.device("meta"):
         unet = UNet(config).eval()
         x, t = torch.empty(1, config.in_channels, size, size), torch.zeros(1)
-        context = torch.empty(1, TOKENS, config.context_dim) if config.context_dim else None
+        context = torch.empty(1, tokens, config.context_dim) if config.context_dim else None
         cached_U = None if branch is None else torch.empty(1, *unet.cached_shape(branch, size, size))
     counter, peak = FlopCounterMode(display=False), _Peak(unet)
     for mode in (counter, peak):

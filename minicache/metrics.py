@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minicache.data import cifar10, each_image, image_files
-from minicache.samplers import Step
+from minicache.sampling import Step
 
 PIECE = 64  # images that are held at a time
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FORECASTS = ("hold", "linear")
+# What stands in at step i, as alpha; newer and older are the steps of the last two refreshes.
+FORECASTS = {"hold": lambda i, newer, older: 0.0, "linear": lambda i, newer, older: (i - newer) / (newer - older)}
 MAX_STEPS = 1000  # the most timesteps that a Diffusion has
 
 
@@ -114,10 +115,9 @@ def from_refreshes(steps: int, branch: int, refresh: Iterable[int], forecast: st
     if forecast not in FORECASTS:
         raise ValueError(f"forecast={forecast!r} is none of {', '.join(FORECASTS)}")
     refresh, alpha = tuple(refresh), [0.0] * steps
-    if forecast == "linear":
-        for older, newer, end in zip(refresh, refresh[1:], (*refresh[2:], steps)):
-            for i in range(newer + 1, end):
-                alpha[i] = (i - newer) / (newer - older)
+    for older, newer, end in zip(refresh, refresh[1:], (*refresh[2:], steps)):
+        for i in range(newer + 1, end):
+            alpha[i] = FORECASTS[forecast](i, newer, older)
     return CachePlan(steps, branch, refresh, tuple(alpha))
 
 
@@ -132,12 +132,14 @@ class PlanCache:
     """The features that the loop keeps while it denoises one batch, as a plan says.
 
     `sample(..., cache=...)` takes a subclass and makes one from the plan for each batch: another `stand_in` is another
-    forecast, another `refreshes` a rule that decides while running.
+    forecast, another `refreshes` a rule that decides while running. A fixed mix of the last two features needs no
+    class: it is alpha (their mean: -1/2). `cost` counts what the plan says.
     """
 
     def __init__(self, plan: CachePlan):
         self.plan, self.refresh = plan, set(plan.refresh)
-        self.older = self.newer = None  # cached_U of the last two refreshes
+        self.older = self.newer = None  # cached_U of the last two refreshes; older is None before the second one,
+        self.two = plan.forecasts or type(self).stand_in is not PlanCache.stand_in  # and where nobody looks at it
 
     def refreshes(self, i: int, x: Tensor) -> bool:
         """Whether step i, which begins with x [B, C, H, W], runs in full. Step 0 must."""
@@ -145,7 +147,7 @@ class PlanCache:
 
     def keep(self, i: int, cached_U: Tensor) -> None:
         """Take the fresh feature of step i, which ran in full."""
-        self.older, self.newer = self.newer if self.plan.forecasts else None, cached_U
+        self.older, self.newer = self.newer if self.two else None, cached_U
 
     def stand_in(self, i: int) -> Tensor:
         """What step i, which does not run in full, feeds the network as cached_U."""

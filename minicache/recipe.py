@@ -10,7 +10,7 @@ from typing import Any
 
 from minicache.files import replacing
 from minicache.plan import CachePlan, nonuniform, uniform
-from minicache.samplers import STEPS, Settings
+from minicache.sampling import STEPS, Settings
 
 
 @dataclass(frozen=True)

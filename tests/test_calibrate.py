@@ -12,8 +12,8 @@ from tqdm import tqdm
 from minicache import CachePlan, Diffusion, Recipe, denoise, load, uncached, uniform
 from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes, macs, pass_seconds
+from minicache.diffusion import timesteps
 from minicache.plan import from_refreshes
-from minicache.samplers import timesteps
 from minicache.tools import calibrate
 from minicache.tools.calibrate import widest
 from minicache.tools.evaluate import Benchmark

@@ -9,8 +9,8 @@ from conftest import SMALL, noise, random_unet, relative
 
 from minicache import CIFAR10, Diffusion, denoise
 from minicache.checkpoints import read
+from minicache.diffusion import timesteps
 from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION, config_to_diffusers, save_diffusers
-from minicache.samplers import timesteps
 
 diffusers = pytest.importorskip("diffusers")
 TOLERANCE = 1e-5  # seen: 1e-6 to 3e-6 relative L2, from sums in another order

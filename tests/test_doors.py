@@ -9,7 +9,7 @@ import torch
 from conftest import noise, random_unet, relative
 from torch import nn
 
-from minicache import Diffusion, PlanCache, UNet, UNetConfig, denoise, sample, uncached, uniform
+from minicache import CachePlan, Diffusion, PlanCache, UNet, UNetConfig, denoise, sample, uncached, uniform
 from minicache.samplers import SAMPLERS, Sampler, ddim_step, half_log_snr, predict_x0
 
 # --- a sampler -------------------------------------------------------------------------------------------------------
@@ -53,9 +53,6 @@ def test_a_sampler_may_correct_x_after_its_evaluation(unet, monkeypatch):
 class HalfLine(PlanCache):
     """A forecast of one's own: half as far as the line through the last two features, in every second channel."""
 
-    def keep(self, i, cached_U):
-        self.older, self.newer = self.newer, cached_U
-
     def stand_in(self, i):
         if self.older is None:
             return self.newer
@@ -80,6 +77,20 @@ def test_a_forecast_is_one_small_class(unet):
     assert torch.allclose(got[:, ::2], (1.5 * newer - 0.5 * older)[:, ::2], atol=1e-5)
     alone = sample(unet, [1], plan=plan, cache=HalfLine)  # each batch has a cache of its own
     assert relative(sample(unet, [0, 1], plan=plan, cache=HalfLine, batch_size=1)[1:], alone) == 0
+
+
+def test_a_plan_that_forecasts_nothing_keeps_one_feature(unet):
+    caches = []
+
+    def cache(plan):
+        caches.append(PlanCache(plan))
+        return caches[-1]
+
+    sample(unet, [0], plan=uniform(7, 3), cache=cache)
+    assert caches[0].older is None and caches[0].newer is not None
+    mean = [0.0] * 4 + [-0.5] * 2 + [0.0]
+    steps = list(denoise(unet, [0], plan=CachePlan(7, 3, (0, 3, 6), mean)))
+    assert torch.allclose(steps[4].cached_U, (steps[0].cached_U + steps[3].cached_U) / 2, atol=1e-5)
 
 
 def test_a_rule_may_decide_while_running(unet):
@@ -224,10 +235,10 @@ def test_timesteps_may_be_fractional(unet, monkeypatch):
 
     whole = sample(unet, [0], steps=10, spacing="trailing")
     shifted = [t + 0.25 for t in range(899, -1, -100)]
-    monkeypatch.setattr("minicache.samplers.timesteps", lambda *_: [999, *shifted])
+    monkeypatch.setattr("minicache.sampling.timesteps", lambda *_: [999, *shifted])
     moved = sample(unet, [0], steps=10)
     assert 0 < relative(moved, whole) < 0.05
-    monkeypatch.setattr("minicache.samplers.timesteps", lambda *_: [float(t) for t in range(999, -1, -100)])
+    monkeypatch.setattr("minicache.sampling.timesteps", lambda *_: [float(t) for t in range(999, -1, -100)])
     assert torch.equal(sample(unet, [0], steps=10), whole)
 
 

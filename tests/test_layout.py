@@ -10,7 +10,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "minicache"
 LIBRARY = [path for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__")]
-CORE = [PACKAGE / f"{name}.py" for name in ("unet", "diffusion", "plan", "samplers")]
+CORE = [PACKAGE / f"{name}.py" for name in ("unet", "diffusion", "plan", "samplers", "sampling")]
 
 
 def defines(path: Path, name: str) -> bool:
@@ -93,4 +93,4 @@ def test_no_file_is_too_long_to_read():
 
 
 def test_the_core_is_short():
-    assert sum(map(lines, CORE)) < 850 and max(map(lines, CORE)) < 300
+    assert sum(map(lines, CORE)) < 900 and max(map(lines, CORE)) < 300

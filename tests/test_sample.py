@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 from conftest import ROOT, random_unet
 from PIL import Image
 
-from minicache import Recipe, load, nonuniform, uniform
+from minicache import Diffusion, Recipe, UNet, UNetConfig, load, nonuniform, uniform
 from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
 from minicache.recipe import nearest_recipe
-from minicache.samplers import sample as sample_images
+from minicache.sampling import sample as sample_images
 from minicache.tools import run
+from minicache.words import Vocabulary
 from sample import main, parse, recipe_within
 
 
@@ -284,3 +286,91 @@ def test_a_full_disk_leaves_no_half_file(net, tmp_path):
     assert program(*flags, tmp_path / "x.npz").returncode == 0
     with np.load(tmp_path / "x.npz") as arrays:
         assert len(arrays["arr_0"]) == 8
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory) -> str:
+    """A network that takes prompts, random in every weight."""
+    torch.manual_seed(0)
+    config = UNetConfig(16, 32, (1, 2), 1, (8,), context_dim=16, heads=2, num_tokens=5, pooled_context=True)
+    unet = UNet(config)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        unet.tokens.weight[0] = 0
+    unet.diffusion = Diffusion()
+    unet.vocabulary = Vocabulary(("cat", "face", "heart", "red"), 3, guidance=2.0, examples=("red heart", "cat"))
+    path = tmp_path_factory.mktemp("worded") / "worded.pt"
+    save(path, unet)
+    return str(path)
+
+
+def test_a_checkpoint_keeps_its_words(worded):
+    vocabulary = load(worded).vocabulary
+    assert vocabulary.words == ("cat", "face", "heart", "red") and vocabulary.examples == ("red heart", "cat")
+
+
+def drawn(out: Path, *flags: str) -> np.ndarray:
+    main(parse([*flags, "--steps", "4", "--out", str(out)]))
+    return np.load(out)["arr_0"]
+
+
+def test_picture_i_shows_prompt_i(worded, tmp_path, capsys):
+    both = ["--prompt", "cat face", "--prompt", "red"]
+    images = drawn(tmp_path / "a.npz", "--ckpt", worded, *both, "--num", "4", "--seed", "3", "--guidance", "3")
+    unet = load(worded)
+    ids = unet.vocabulary.encode("cat face", "red", "cat face", "red")
+    expected = sample_images(unet, range(3, 7), context=ids, guidance=3.0, plan=uniform(4, 5))
+    assert np.abs(images.astype(int) - to_uint8(expected)).max() <= 1
+    (tmp_path / "p.txt").write_text("cat face\n\nred\n")
+    flags = ["--num", "4", "--seed", "3", "--guidance", "3", "--batch-size", "3"]
+    again = drawn(tmp_path / "b.npz", "--ckpt", worded, "--prompts", str(tmp_path / "p.txt"), *flags)
+    assert np.abs(images.astype(int) - again).max() <= 1
+    assert "guidance 3, which takes two passes a step" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was made with another prompts"):
+        main(parse(["--ckpt", worded, "--prompt", "cat", "--num", "4", "--seed", "3", "--guidance", "3", "--steps", "4",
+                    "--out", str(tmp_path / "a.npz")]))  # fmt: skip
+
+
+def test_without_a_prompt_the_examples_are_drawn_with_the_guidance_that_suits(worded, tmp_path):
+    images = drawn(tmp_path / "a.npz", "--ckpt", worded, "--num", "3")
+    unet = load(worded)
+    ids = unet.vocabulary.encode("red heart", "cat", "red heart")
+    expected = sample_images(unet, range(3), context=ids, guidance=2.0, plan=uniform(4, 5))
+    assert np.abs(images.astype(int) - to_uint8(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("ending", ["png", "gif"])
+def test_sheets_with_prompts_under_them(worded, tmp_path, ending):
+    out = tmp_path / f"sheet.{ending}"
+    main(parse(["--ckpt", worded, "--prompt", "cat", "--num", "4", "--steps", "4", "--compare", "--out", str(out)]))
+    with Image.open(out) as sheet:
+        assert sheet.height > 2 * 96 + 6  # more than the pictures need
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prompt", "dog"], "has not learned the word 'dog'"),
+        (["--prompt", "hart"], "did you mean heart"),
+        (["--prompt", ""], "holds no word"),
+        (["--prompt", "cat face heart red"], "4 different words; at most 3"),
+        (["--class", "1"], "knows words, not classes"),
+        (["--prompt", "cat", "--guidance", "-1"], r"guidance=-1.0 must be a number in 0..100"),
+        (["--prompt", "cat", "--guidance", "nan"], "guidance=nan"),
+        (["--prompts", "nowhere.txt"], "No such file"),
+    ],
+)
+def test_wrong_prompts(worded, tmp_path, flags, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        main(parse(["--ckpt", worded, *flags, "--out", str(tmp_path / "x.png")]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "cat"], ["--guidance", "3"], ["--class", "3"]])
+def test_a_network_without_words_refuses_prompts(tmp_path, flags):
+    with pytest.raises(ValueError, match=f"{flags[0]}: tiny cannot be told what to draw"):
+        main(parse(["--ckpt", "tiny", *flags, "--out", str(tmp_path / "x.png")]))

@@ -9,6 +9,7 @@ import torch
 from conftest import SMALL, Recorder, noise, random_unet, relative
 
 from minicache import CachePlan, Diffusion, denoise, sample, uniform
+from minicache.diffusion import timesteps
 from minicache.samplers import (
     SAMPLERS,
     Point,
@@ -17,7 +18,6 @@ from minicache.samplers import (
     ddpm_step,
     dpmpp_2m_step,
     predict_x0,
-    timesteps,
 )
 
 ALPHAS_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

@@ -1,6 +1,7 @@
 """What others call the same network, one file a family; from a file of theirs to our network.
 
-A new family is one more file here with a `Family` in it (family.py says what that is), and one more in FAMILIES.
+A new family is one more file here with a `Family` in it (family.py says what that is; pesser.py is the shortest), and
+one more in FAMILIES, where the first whose `mine` says yes is taken. Other layouts of tensors are undone in `tensors`.
 """
 
 from __future__ import annotations

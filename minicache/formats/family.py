@@ -49,12 +49,14 @@ class Dialect:
     up_attn: str
     upsample: str
     leaves: Mapping[str, str]  # of blocks and attention, where the names differ from ours
+    conv_in: str = "conv_in"
+    conv_out: str = "conv_out"
 
     def modules(self, config: UNetConfig) -> dict[str, str]:
         """Our module path -> theirs, for every module that a network of this config may have."""
         n, levels = config.num_res_blocks, len(config.channel_mult)
         names = {"time.linear1": self.time[0], "time.linear2": self.time[1]}
-        names |= {"D.0": "conv_in", "norm_out": self.norm_out, "conv_out": "conv_out"}
+        names |= {"D.0": self.conv_in, "norm_out": self.norm_out, "conv_out": self.conv_out}
 
         def add_block(ours: str, block: str, attn: str) -> None:
             for leaf in ("norm1", "conv1", "temb_proj", "norm2", "conv2", "shortcut"):
@@ -92,19 +94,20 @@ class Dialect:
         """
 
         def first(level: int, j: int = 0) -> Tensor | None:
-            return state.get(f"{self.down.format(l=level, j=j)}.conv1.weight")
+            return state.get(f"{self.down.format(l=level, j=j)}.{self.leaves.get('conv1', 'conv1')}.weight")
 
         levels = next(level for level in range(len(state) + 1) if first(level) is None)
-        if not levels or "conv_in.weight" not in state:
-            needed = "conv_in, or the first block on the way down"
+        conv_in = f"{self.conv_in}.weight"
+        if not levels or conv_in not in state:
+            needed = f"{conv_in}, or the first convolution of {self.down.format(l=0, j=0)}"
             raise ValueError(f"{path} is not a network of this kind: it lacks {needed}")
-        channels, q = len(state["conv_in.weight"]), self.leaves.get("q", "q")
+        channels, q = len(state[conv_in]), self.leaves.get("q", "q")
         attends = [level for level in range(levels) if f"{self.down_attn.format(l=level, j=0)}.{q}.weight" in state]
         shapes = {
             "model_channels": channels,
             "channel_mult": tuple(len(first(level)) // channels for level in range(levels)),
             "num_res_blocks": next(j for j in range(len(state) + 1) if first(0, j) is None),
-            "in_channels": state["conv_in.weight"].shape[1],
+            "in_channels": state[conv_in].shape[1],
         }
         for preset in PRESETS.values():
             size = preset.image_size

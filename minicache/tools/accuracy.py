@@ -32,7 +32,8 @@ from minicache.images import enlargement, labelled, save_png, to_tensor, to_uint
 from minicache.placement import choose_placement, place
 from minicache.plan import uncached
 from minicache.recipe import Recipe, recipe_from_file
-from minicache.samplers import SAMPLERS, sample
+from minicache.samplers import SAMPLERS
+from minicache.sampling import sample
 from minicache.tools import Parser, prepare_out
 from minicache.tools.evaluate import markdown
 from minicache.words import Vocabulary

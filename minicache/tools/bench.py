@@ -34,7 +34,7 @@ from minicache.formats.diffusers import save_diffusers
 from minicache.metrics import psnr
 from minicache.placement import Placement, choose_placement, cpu_capabilities, place
 from minicache.plan import uncached, uniform
-from minicache.samplers import sample
+from minicache.sampling import sample
 from minicache.tools import Parser
 from minicache.unet import UNet
 

@@ -47,14 +47,15 @@ from minicache.metrics import Samples, frechet_distance, inception, psnr, read_s
 from minicache.placement import COMPILE, DTYPES, choose_placement, place
 from minicache.plan import CachePlan, nonuniform, uncached, uniform
 from minicache.recipe import Recipe, recipes_in
-from minicache.samplers import sample
+from minicache.samplers import SAMPLERS
+from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
 from minicache.tools import Parser
 from minicache.tools.classifier import classifier_features
 from minicache.unet import UNet
 
 HELD_OUT = range(32)
-SOLVERS = ("ddim", "dpm++2m", "plms")  # the samplers without noise, which share one limit as steps grow
+SOLVERS = tuple(name for name, sampler in SAMPLERS.items() if sampler.noise != "variance")  # one limit as steps grow
 STEPS = 100  # of the plans that are published
 SHOWN = 8  # images a row of samples.png
 FLOOR = "floor"

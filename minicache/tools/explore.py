@@ -22,7 +22,7 @@ from minicache.files import replacing
 from minicache.images import grid, picture, to_uint8
 from minicache.metrics import psnr
 from minicache.plan import FORECASTS, uncached, uniform
-from minicache.samplers import sample
+from minicache.sampling import sample
 from minicache.tools import Parser
 
 INTERVALS = (1, 2, 3, 5, 7, 10, 15, 20)

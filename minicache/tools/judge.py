@@ -11,7 +11,7 @@ from tqdm import tqdm
 from minicache.metrics import relative_l2
 from minicache.plan import CachePlan, uncached
 from minicache.recipe import Recipe
-from minicache.samplers import denoise
+from minicache.sampling import denoise
 from minicache.tools.evaluate import Benchmark
 
 BATCH = 16  # images at a time

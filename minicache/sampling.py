@@ -1,0 +1,205 @@
+"""From noise to image: one loop runs every sampler, cached or not, guided or not, on any network with two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from operator import index
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minicache.diffusion import SPACINGS, VARIANCES, Diffusion, timesteps
+from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
+from minicache.samplers import SAMPLERS, Point, predict_x0
+
+STEPS = 100  # unless asked for others
+Noise = Callable[[], Tensor] | None  # draws the next z [B, C, H, W], where the sampler needs one
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample: all but the network, the noise and the context. ValueError for what the sampler does not take."""
+
+    plan: CachePlan  # the steps, and what is cached
+    sampler: str = "ddim"  # one of SAMPLERS
+    spacing: str | None = None  # one of SPACINGS; None: the sampler's own
+    eta: float = 0.0  # ddim's noise, 0 to 1
+    variance: str | None = None  # ddpm's, one of VARIANCES; None: the checkpoint's own
+    clip_x0: bool | None = None  # clip the predicted image to [-1, 1]; None: as the sampler does by default
+    start: int | None = None  # x_T is images noised to t = start - 1, and only timesteps below start are visited
+    guidance: float = 1.0  # of the context, 0 to 100; 1 is none, and costs half
+
+    def __post_init__(self):
+        names = {"sampler": SAMPLERS, "spacing": (None, *SPACINGS), "variance": (None, *VARIANCES)}
+        for name, allowed in names.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
+        numbers = {"eta": (float, 0, 1), "guidance": (float, 0, 100), "start": (int, 1, MAX_STEPS)}
+        for name, (kind, least, most) in numbers.items():
+            value = getattr(self, name)
+            if (value, name) != (None, "start") and (type(value) not in (kind, int) or not least <= value <= most):
+                raise ValueError(f"{name}={value!r} must be a number in {least}..{most}")
+        for name, default in (("eta", 0), ("variance", None)):
+            if getattr(self, name) != default and SAMPLERS[self.sampler].noise != name:
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={self.sampler!r}")
+        object.__setattr__(self, "spacing", self.spacing or SAMPLERS[self.sampler].spacing)
+        if self.start and timesteps(self.plan.steps, self.spacing, self.start)[0] != self.start - 1:
+            raise ValueError(f"spacing={self.spacing!r} does not begin at start - 1, where the noised images are")
+
+
+class Network(Protocol):
+    """What the loop asks of a network: UNet, or any other nn.Module that can leave out its deep half."""
+
+    config: Any  # .in_channels and .image_size of the images; .null_token, where a context of ids is guided
+    diffusion: Diffusion
+
+    def forward_full(self, x: Tensor, t: Tensor, branch: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(eps like x, cached_U [B, ...])"""
+
+    def forward_partial(self, x: Tensor, t: Tensor, cached_U: Tensor, branch: int, context: Tensor | None) -> Tensor:
+        """eps like x"""
+
+
+class Step(NamedTuple):
+    """What one step of `denoise` leaves behind."""
+
+    i: int  # 0 is the noisiest step
+    t: float
+    x: Tensor  # the state after the step; after the last one, the image
+    x0: Tensor  # the image as predicted at this step (clipped where clip_x0)
+    eps: Tensor  # the network's output, guided
+    cached_U: Tensor  # at a refresh the fresh feature, else what stood in for it
+
+
+def denoise(
+    unet: Network,
+    seeds: Iterable[int] | None = None,
+    *,
+    x_T: Tensor | None = None,
+    context: Tensor | None = None,
+    negative: Tensor | None = None,
+    steps: int | None = None,
+    plan: CachePlan | None = None,
+    cache: Callable[[CachePlan], PlanCache] = PlanCache,
+    **settings,
+) -> Iterator[Step]:
+    """Denoise one batch, and yield a Step after each step.
+
+    seeds: one whole number an image; all of its noise (x_T, then each step's z) comes from it alone, on the CPU, so
+    an image does not depend on its batch or device. x_T [B, C, H, W]: start here instead (stochastic samplers need
+    seeds as well). context [B or 1, K] ids or [B or 1, K, context_dim]: what to draw; None: the null context.
+    negative, likewise: what guidance leads away from; None: the null context. steps: the plan's, or STEPS. plan: what
+    to cache; None: nothing. cache: what keeps the features, made from the plan for each batch. settings: the other
+    fields of Settings (sampler, spacing, eta, variance, clip_x0, start, guidance). ValueError says what is wrong.
+    """
+    if unet.training and getattr(unet.config, "dropout", 0):
+        raise ValueError("the network is in training mode, where dropout spoils its output: call unet.eval() first")
+    if unet.diffusion is None:
+        raise ValueError("the network does not say how it was trained: set unet.diffusion = Diffusion(...)")
+    if plan is not None and steps not in (None, plan.steps):
+        raise ValueError(f"steps={steps} contradicts the plan, which has {plan.steps}")
+    s = Settings(plan or uncached(STEPS if steps is None else steps), **settings)
+    if s.start is not None and x_T is None:
+        raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1")
+    ts = timesteps(s.plan.steps, s.spacing, s.start or unet.diffusion.num_timesteps)
+    stochastic = SAMPLERS[s.sampler].noise == "variance" or s.eta > 0
+    if seeds is None and (x_T is None or stochastic):
+        raise ValueError("seeds are needed: for x_T, or for the noise of a stochastic sampler")
+    seeds = None if seeds is None else list(seeds)
+    if seeds is not None and (not seeds or (x_T is not None and len(seeds) != len(x_T))):
+        raise ValueError(f"{len(seeds)} seeds for {'no' if x_T is None else len(x_T)} images; need one for each")
+    shape = (unet.config.in_channels, unet.config.image_size, unet.config.image_size)
+    if x_T is not None and x_T.shape[1:] != shape:
+        raise ValueError(f"x_T has shape {list(x_T.shape)}; need [B, {shape[0]}, {shape[1]}, {shape[2]}]")
+
+    device = next(unet.parameters()).device
+    generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds or ()]
+
+    def noise() -> Tensor:
+        draws = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+        return torch.stack(draws).to(device)
+
+    x = noise() if generators else x_T
+    x = x if x_T is None else x_T.to(device, torch.float32)
+    if context is None and (negative is not None or s.guidance != 1):
+        raise ValueError(f"guidance={s.guidance} and a negative context need a context")
+    if s.guidance != 1:
+        if negative is None and context.is_floating_point():
+            raise ValueError("guidance of a context of tokens needs a negative one, as that of an empty prompt")
+        negative = torch.full_like(context, unet.config.null_token) if negative is None else negative
+        context = torch.cat([_rows(negative, len(x)), _rows(context, len(x))])
+    context = None if context is None else _rows(context, len(x) if s.guidance == 1 else 2 * len(x)).to(device)
+    return _loop(unet, x, context, ts, cache(s.plan), s, noise if stochastic else None)
+
+
+def _rows(context: Tensor, B: int) -> Tensor:
+    """[B, ...], also from [1, ...]."""
+    if context.ndim < 2 or len(context) not in (1, B):
+        raise ValueError(f"the context has shape {list(context.shape)}; need a row for each of the {B} images, or one")
+    return context.expand(B, *context.shape[1:])
+
+
+@torch.no_grad()
+def _loop(
+    unet: Network, x: Tensor, context: Tensor | None, ts: list[float], cache: PlanCache, s: Settings, noise: Noise
+) -> Iterator[Step]:
+    sampler, alpha_bar, branch = SAMPLERS[s.sampler], unet.diffusion.alpha_bar, s.plan.branch
+    clip = sampler.clip_x0 if s.clip_x0 is None else s.clip_x0
+    scale = s.eta if sampler.noise == "eta" else s.variance or unet.diffusion.variance
+    ts_device = torch.tensor(ts, device=x.device)
+    past: list[Point] = []
+    for i, t in enumerate(ts):
+        t_i, x_i = ts_device[i : i + 1], x if s.guidance == 1 else torch.cat([x, x])
+        if cache.refreshes(i, x):
+            eps, cached_U = unet.forward_full(x_i, t_i, branch, context)
+            cache.keep(i, cached_U)
+        else:
+            cached_U = cache.stand_in(i)
+            eps = unet.forward_partial(x_i, t_i, cached_U, branch, context)
+        if s.guidance != 1:  # Ho and Salimans 2022, with a scale of 1 where theirs is 0
+            away, towards = eps.chunk(2)
+            eps = away + s.guidance * (towards - away)
+
+        a, a_next = alpha_bar(t), alpha_bar(ts[i + 1]) if i + 1 < len(ts) else 1.0
+        now = Point(a, x, eps, predict_x0(x, eps, a, clip), clip)
+        if sampler.correct and past:
+            now = sampler.correct(now, past)
+        z = noise() if noise and a_next < 1 else None
+        if a_next != a:  # quad repeats timesteps: a step of zero length changes nothing
+            x = sampler.step(now, past, a_next, **({sampler.noise: scale, "z": z} if sampler.noise else {}))
+            past = [now, *past][: sampler.history]
+        yield Step(i, t, x, now.x0, eps, cached_U)
+
+
+def sample(
+    unet: Network,
+    seeds: Iterable[int] | None = None,
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
+    **settings,
+) -> Tensor:
+    """Images [B, C, H, W] near [-1, 1], float32 on the network's device: `denoise`, run to its end.
+
+    seeds and settings as in `denoise`. batch_size: images at a time (default: all). progress: a bar on a terminal.
+    """
+    rows = {"seeds": None if seeds is None else list(seeds), "x_T": settings.pop("x_T", None)}
+    count = max(0 if row is None else len(row) for row in rows.values())
+    contexts = {name: settings.pop(name) for name in ("context", "negative") if settings.get(name) is not None}
+    rows |= {name: _rows(context, count) for name, context in contexts.items()}
+    size = max(count, 1) if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    steps = settings["plan"].steps if settings.get("plan") else settings.get("steps") or STEPS
+    images = []
+    with tqdm(total=-(-count // size) * steps, unit="step", disable=None if progress else True) as bar:
+        for k in range(0, max(count, 1), size):
+            batch = {name: None if row is None else row[k : k + size] for name, row in rows.items()}
+            for step in denoise(unet, **batch, **settings):
+                bar.update()
+                x = step.x
+            images.append(x)
+    return torch.cat(images)
