@@ -5,6 +5,8 @@ examples:
   python train_tiny.py --data cifar10 --steps 50000           # downloads CIFAR-10 once
   python train_tiny.py --data my_photos.zip --image-size 64 --channel-mult 1,2,2,2 --device cuda
   python train_tiny.py --data my_folder                       # with a captions.csv: file, caption
+  npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+  python train_tiny.py --data node_modules --out runs/emoji --beta-end 0.012    # emoji from words
   python train_tiny.py --resume                               # continue an interrupted run
   python sample.py --ckpt runs/shapes/last.pt                 # see what it draws, even while it trains
 """

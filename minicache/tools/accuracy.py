@@ -1,4 +1,4 @@
-"""Does a network draw what it is told to? How often a sample is nearest to a picture of what its caption names.
+"""How often a network draws what it is told: is the picture nearest to a sample one of what its caption names?
 
     python -m minicache accuracy --ckpt emoji --data FOLDER
     python -m minicache accuracy --ckpt emoji --data FOLDER --plan recipe.json
