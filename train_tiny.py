@@ -162,8 +162,8 @@ class Training:
     def update(self, x0: Tensor, t: Tensor, eps: Tensor, context: Tensor | None = None) -> Tensor:
         """One training step; the loss of each image before it, [B] on the CPU. ValueError where it diverges.
 
-        With words, a loss counts by its ratio to the usual one at its timestep (Karras et al. 2024, EDM2's uncertainty,
-        here without a network): words decide much where noise is strong, and there plain losses are next to nothing.
+        With words, each loss is divided by the running mean at similar timesteps (as EDM2's uncertainty, Karras et al.
+        2024): else the noisiest ones, where words matter most, would hardly count.
         """
         bins = (t * BINS // self.unet.diffusion.num_timesteps).tolist()
         usual = torch.tensor([self.usual[k] for k in bins], device=self.device)
@@ -186,7 +186,8 @@ class Training:
         norm = torch.stack(torch._foreach_norm(list(self.unet.parameters()))).norm().item()
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before anything is saved or drawn
             told = f"the loss of step {self.step} is {loss}, and the norm of the weights after it {norm}"
-            raise ValueError(f"{told}; {self.settings.last} is as it was: lower --lr, and --resume")
+            again = "--resume: last.pt is as it was" if self.settings.last.exists() else "begin again"
+            raise ValueError(f"{told}; lower --lr, and {again}")
         return each
 
     def save(self) -> None:
@@ -214,7 +215,9 @@ class Training:
                 raise ValueError(f"{last} was trained with {name}={value!r}, not {now!r}: use the same flags")
         self.average.load_state_dict(content["state_dict"])
         self.unet.load_state_dict(content["training"]["unet"])
-        self.optimizer.load_state_dict(content["training"]["optimizer"])
+        self.optimizer.load_state_dict(content["training"]["optimizer"])  # by position, and unchecked
+        if any(state["exp_avg"].shape != p.shape for p, state in self.optimizer.state.items()):
+            raise ValueError(f"{last} was begun by another version: begin anew, with --init {last}")
         self.usual = content["training"].get("usual", self.usual)
         self.step = content["training"]["step"]
 

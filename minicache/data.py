@@ -30,7 +30,8 @@ CaptionedSource = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # no pickles inside, unlike the Python archive
 CIFAR10_CHECKSUM = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-UNREADABLE = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error,
+              Image.DecompressionBombError)  # fmt: skip
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -109,7 +110,7 @@ def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
         archive = zipfile.ZipFile(path)
         names = sorted(name for name in archive.namelist() if is_image(name.rpartition("/")[2]))
         return [(name, partial(archive.read, name)) for name in names]
-    raise ValueError(f"data={str(path)!r} is neither shapes, nor cifar10, nor a folder or zip of images")
+    raise ValueError(f"{path} is no folder or zip of images")
 
 
 def each_image(path: Path, image_size: int | None) -> Iterator[np.ndarray]:

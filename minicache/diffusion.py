@@ -53,11 +53,6 @@ class Diffusion:
         signal, noise = self.scales(t, x0)
         return signal * x0 + noise * eps
 
-    def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Eq. 4 solved for x_0: (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
-        signal, noise = self.scales(t, x_t)
-        return (x_t - noise * eps) / signal
-
     def loss(self, unet: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """L_simple (Eq. 14) of each image, [B]: the mean over pixels of (eps - unet(x_t, t))**2."""
         return (eps - unet(self.q_sample(x0, t, eps), t)).square().flatten(1).mean(1)

@@ -113,7 +113,7 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
             if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or by_columns:
                 raise ValueError(f"it is {dtype} {list(shape)}; need uint8 [N, H, W, 3]")
             yield file, shape
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (KeyError, ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not an npz whose arr_0 holds images: {error}") from None
 
 

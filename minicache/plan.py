@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What stands in at step i, as alpha; newer and older are the steps of the last two refreshes.
-FORECASTS = {"hold": lambda i, newer, older: 0.0, "linear": lambda i, newer, older: (i - newer) / (newer - older)}
+# alpha at step i, after full steps at j and, last, at k
+FORECASTS = {"hold": lambda i, j, k: 0.0, "linear": lambda i, j, k: (i - k) / (k - j)}
 MAX_STEPS = 1000  # the most timesteps that a Diffusion has
 
 
@@ -115,9 +115,9 @@ def from_refreshes(steps: int, branch: int, refresh: Iterable[int], forecast: st
     if forecast not in FORECASTS:
         raise ValueError(f"forecast={forecast!r} is none of {', '.join(FORECASTS)}")
     refresh, alpha = tuple(refresh), [0.0] * steps
-    for older, newer, end in zip(refresh, refresh[1:], (*refresh[2:], steps)):
-        for i in range(newer + 1, end):
-            alpha[i] = FORECASTS[forecast](i, newer, older)
+    for j, k, end in zip(refresh, refresh[1:], (*refresh[2:], steps)):
+        for i in range(k + 1, end):
+            alpha[i] = FORECASTS[forecast](i, j, k)
     return CachePlan(steps, branch, refresh, tuple(alpha))
 
 
@@ -138,8 +138,8 @@ class PlanCache:
 
     def __init__(self, plan: CachePlan):
         self.plan, self.refresh = plan, set(plan.refresh)
-        self.older = self.newer = None  # cached_U of the last two refreshes; older is None before the second one,
-        self.two = plan.forecasts or type(self).stand_in is not PlanCache.stand_in  # and where nobody looks at it
+        self.older = self.newer = None  # cached_U of the last two refreshes; older only where a forecast needs it
+        self.two = plan.forecasts or type(self).stand_in is not PlanCache.stand_in
 
     def refreshes(self, i: int, x: Tensor) -> bool:
         """Whether step i, which begins with x [B, C, H, W], runs in full. Step 0 must."""

@@ -34,6 +34,7 @@ class Settings:
 
     def __post_init__(self):
         names = {"sampler": SAMPLERS, "spacing": (None, *SPACINGS), "variance": (None, *VARIANCES)}
+        names["clip_x0"] = (None, True, False)
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
@@ -102,8 +103,9 @@ def denoise(
     if plan is not None and steps not in (None, plan.steps):
         raise ValueError(f"steps={steps} contradicts the plan, which has {plan.steps}")
     s = Settings(plan or uncached(STEPS if steps is None else steps), **settings)
-    if s.start is not None and x_T is None:
-        raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1")
+    if s.start is not None and (x_T is None or s.start > unet.diffusion.num_timesteps):
+        most = unet.diffusion.num_timesteps
+        raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1, and to be at most {most}")
     ts = timesteps(s.plan.steps, s.spacing, s.start or unet.diffusion.num_timesteps)
     stochastic = SAMPLERS[s.sampler].noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
@@ -126,6 +128,8 @@ def denoise(
     x = x if x_T is None else x_T.to(device, torch.float32)
     if context is None and (negative is not None or s.guidance != 1):
         raise ValueError(f"guidance={s.guidance} and a negative context need a context")
+    if negative is not None and (s.guidance == 1 or negative.shape[1:] != context.shape[1:]):
+        raise ValueError("a negative context needs a guidance other than 1, and the shape of the context")
     if s.guidance != 1:
         if negative is None and context.is_floating_point():
             raise ValueError("guidance of a context of tokens needs a negative one, as that of an empty prompt")

@@ -245,3 +245,18 @@ def test_timesteps_may_be_fractional(unet, monkeypatch):
 def test_networks_of_old_recipes_are_unchanged_by_new_fields():
     """The context's fields at their defaults add no parameter."""
     assert set(random_unet().state_dict()) == set(UNet(UNetConfig(16, 32, (1, 2), 1, (8,), heads=4)).state_dict())
+
+
+def test_a_negative_context_has_the_shape_of_the_context(conditional):
+    for settings in ({"negative": IDS}, {"negative": IDS[:, :2], "guidance": 2.0}):
+        with pytest.raises(ValueError, match="a negative context needs"):
+            sample(conditional, [0, 1], context=IDS, steps=3, **settings)
+
+
+def test_start_and_clip_are_checked(unet):
+    with pytest.raises(ValueError, match="clip_x0='no'"):
+        sample(unet, [0], steps=3, clip_x0="no")
+    short = random_unet()
+    short.diffusion = Diffusion(num_timesteps=500)
+    with pytest.raises(ValueError, match="start=700 .* at most 500"):
+        sample(short, x_T=noise(1, 3, 16, 16), start=700, steps=3, spacing="trailing")

@@ -206,7 +206,7 @@ def test_a_folder_a_class(tmp_path):
     assert images[:, 0, 0, 0].tolist() == [20, 10, 30] and labels.tolist() == [0, 1, 1] and names == ["a", "b"]
 
 
-@pytest.mark.parametrize("name, words", [("nowhere", "neither shapes"), ("empty", "holds no images")])
+@pytest.mark.parametrize("name, words", [("nowhere", "no folder or zip of images"), ("empty", "holds no images")])
 def test_wrong_sources(tmp_path, name, words):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=words):

@@ -118,7 +118,7 @@ def test_what_is_refused(tmp_path):
     save(tmp_path / "last.pt", load(tmp_path / "last.pt"))
     with pytest.raises(ValueError, match="weights alone"):
         main(out=str(tmp_path), resume=True, **QUICK)
-    with pytest.raises(ValueError, match="neither shapes"):
+    with pytest.raises(ValueError, match="no folder or zip of images"):
         main(data="nowhere", out=str(tmp_path / "other"), **QUICK)
     with pytest.raises(ValueError, match="steps=0"):
         main(out=str(tmp_path / "other"), **{**QUICK, "steps": 0})

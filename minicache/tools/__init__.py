@@ -88,7 +88,8 @@ def prepare_out(out: Path, endings: tuple[str, ...]) -> None:
     if not out.name:
         raise ValueError(f"--out {out} needs a name: a file, or a folder of its own for the pictures")
     if not is_folder and out.suffix not in endings:
-        raise ValueError(f"--out {out}: the ending must be {', '.join(endings)}, or none, for a folder of PNGs")
+        allowed = f"must be {', '.join(endings)}, or none, for a folder of PNGs" if endings else "is not a folder's"
+        raise ValueError(f"--out {out}: the ending {allowed}")
     if out.exists() and out.is_dir() != is_folder:
         raise ValueError(f"--out {out}: there is a {'file' if is_folder else 'folder'} of that name")
     try:

@@ -112,7 +112,8 @@ def main(args: argparse.Namespace) -> None:
         sheet.append(np.concatenate([to_uint8(drawn[:SHOWN]), nearest], axis=2))
         labels += [f"{words.captions[i]} ({name})" for i in indices[:SHOWN]]
     how = f"{recipe.sampler}, {recipe.spacing}, {recipe.plan.steps} steps, guidance {recipe.guidance:g}"
-    report = f"{args.ckpt} ({weights}): {how}, {full_passes(unet, recipe.plan):.1f} full passes\n\n{markdown(rows)}"
+    passes = full_passes(unet, recipe.plan, recipe.guidance)
+    report = f"{args.ckpt} ({weights}): {how}, {passes:.1f} full passes\n\n{markdown(rows)}"
     print(report)
     with replacing(args.out / "accuracy.md") as temporary:
         temporary.write_text(report)

@@ -75,6 +75,8 @@ def network(name: str) -> UNet:
 
 def diffusers_models(unet: UNet, placements: dict[str, Placement]) -> dict[str, torch.nn.Module]:
     """The same weights as diffusers' UNet2DModel, as it comes and placed alike; none where it is not installed."""
+    if unet.config.context_dim:  # UNet2DModel takes none
+        return {}
     try:
         from diffusers import UNet2DModel
         from diffusers.utils import logging

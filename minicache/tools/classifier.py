@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.checkpoints import embedded_folder
+from minicache.checkpoints import embedded_folder, write
 from minicache.data import labelled
 from minicache.files import replacing
 from minicache.images import to_tensor
@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr {args.lr:g}: the weights became NaN or infinite; try a smaller --lr")
     score = accuracy(classifier, test_images, test_labels)
     with replacing(Path(args.out)) as temporary:
-        torch.save({"state_dict": state, "accuracy": score}, temporary)
+        write(temporary, {"state_dict": state, "accuracy": score})
     print(f"{args.out}: {score:.2%} of {len(test_labels)} test images are classified right")
 
 

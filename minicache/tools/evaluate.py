@@ -64,7 +64,7 @@ FLOOR = "floor"
 @dataclass(frozen=True, eq=False)
 class Benchmark:
     """What all methods have in common: the network, and where its trajectories begin: in pure noise (start None), or in
-    images from `draw` noised to t = start - 1, which stay where a weakly trained network is good."""
+    images from `draw` noised to t = start - 1: a weakly trained network is better there than at pure noise."""
 
     unet: UNet
     fingerprint: str
@@ -74,6 +74,8 @@ class Benchmark:
     def __post_init__(self):
         if (self.draw is None) != (self.start is None):
             raise ValueError("images and start go together: the images are noised to t = start - 1")
+        if self.unet.config.context_dim:
+            raise ValueError("plans are compared on unconditional networks alone so far, and this one takes a context")
 
     @property
     def limit(self) -> int:
