@@ -1,12 +1,12 @@
 """Draw pictures from noise, with DeepCache.
 
 examples:
-  python sample.py                                                  # the embedded network, into samples.png
+  python sample.py                                                  # 16 emoji, into samples.png
   python sample.py --interval 4 --compare                           # with the same pictures uncached on the left
   python sample.py --ckpt ddpm_cifar10_ema --steps 100 --spacing quad --interval 5
-  python sample.py --ckpt emoji --prompt "red heart" --prompt "cat face" --guidance 3 --interval 5 --branch 1 --compare
+  python sample.py --prompt "red apple" --prompt "cat face" --guidance 3 --interval 5 --branch 1 --compare
   python sample.py --sampler dpm++2m --steps 25 --interval 3 --branch 1 --forecast linear
-  python sample.py --budget 20                                      # the best plan known for 20 full passes
+  python sample.py --ckpt tiny_cifar10 --budget 20                  # the best plan known for 20 full passes
   python sample.py --num 16 --out denoise.gif                       # watch the pictures emerge
   python sample.py --num 50000 --dtype auto --out samples.npz       # for an evaluator; after a crash, run it again
   torchrun --nproc-per-node 2 -- sample.py --num 50000 --out pngs   # a folder, drawn by two processes or GPUs;
@@ -86,7 +86,8 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe | None:
     """What the flags or the --plan file say; None for --budget, which needs the network."""
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.budget is None and args.plan:
-        return recipe_from_file(args.plan, **flags, **({} if args.guidance is None else {"guidance": args.guidance}))
+        fixed = {"guidance": args.guidance, "clip_x0": args.clip}
+        return recipe_from_file(args.plan, **flags, **{k: v for k, v in fixed.items() if v is not None})
     if args.budget is None:
         return recipe_from(**flags)
     if not 0 < args.budget < math.inf:
@@ -106,6 +107,8 @@ def prompts_for(args: argparse.Namespace, unet: UNet) -> Prompts:
                 raise ValueError(f"--{name.replace('label', 'class')}: {args.ckpt} cannot be told what to draw")
         return Prompts([])
     if unet.vocabulary is None:
+        if unet.config.num_tokens is None:
+            raise ValueError(f"{args.ckpt} takes a context of tokens, which Python alone can give it")
         if args.prompt or args.prompts or not args.label:
             raise ValueError(f"{args.ckpt} knows classes, not words: say which with --class")
         if not all(0 <= label < unet.config.num_tokens for label in args.label):
@@ -121,7 +124,9 @@ def prompts_for(args: argparse.Namespace, unet: UNet) -> Prompts:
             raise ValueError(f"--prompts {args.prompts} holds no prompt")
     texts = texts or list(unet.vocabulary.examples)
     if not texts:
-        return Prompts([], guidance=args.guidance or 1.0)
+        if args.guidance is not None:
+            raise ValueError("--guidance needs a --prompt")
+        return Prompts([])
     guidance = unet.vocabulary.guidance if args.guidance is None else args.guidance
     return Prompts(texts, unet.vocabulary.encode(*texts), args.seed, guidance)
 
@@ -132,6 +137,8 @@ def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: 
     try:
         return nearest_recipe(shipped, args.budget, partial(full_passes, unet, guidance=guidance))
     except ValueError as error:
+        if unet.config.context_dim:
+            raise
         command = f"python -m minicache calibrate --ckpt {args.ckpt} --budget {args.budget:g} --out recipe.json"
         raise ValueError(f"{error}: make one with {command}, and use it with --plan recipe.json") from None
 
@@ -147,7 +154,6 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
     eta = f", eta {settings['eta']}" if settings["eta"] else ""
     line = f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {len(plan.refresh)} in full"
     guidance = settings["guidance"]
-    line += f", guidance {guidance:g}, which takes two passes a step" if guidance != 1 else ""
     passes, macs = full_passes(unet, plan, guidance), plan_macs(unet, uncached(plan.steps), guidance)
     cost = f"{passes * plan_macs(unet, uncached(1)) / 1e9:.2f} GMACs an image, {passes:.1f} full passes"
     if partial_steps := plan.steps - len(plan.refresh):
@@ -155,6 +161,7 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
         speed_up = macs / plan_macs(unet, plan, guidance)
         cost += f", instead of {macs / 1e9:.2f}: a speed-up of {speed_up:.2f}x, if every MAC took as long; "
         cost += f"cache {cache_bytes(unet, plan, guidance) * min(args.num, args.batch_size) / 1e6:.1f} MB a batch"
+    line += f"; guidance {guidance:g}, which takes two passes a step" if guidance != 1 else ""
     print(f"{line}\n{cost}")
 
 
@@ -190,8 +197,9 @@ def difference(images: np.ndarray, uncached: np.ndarray) -> str:
     """How far 8-bit pictures are from the uncached ones of the same seeds."""
     x, reference = to_tensor(images), to_tensor(uncached)
     decibels, largest = psnr(x, reference), (x - reference).abs().max() * 127.5
-    psnrs = f"median {decibels.median():.1f} dB, worst {decibels.min():.1f} dB"
-    return f"PSNR of each picture to its uncached one: {psnrs}; largest difference {largest:.0f} of 255"
+    pooled = psnr(x[None].flatten(1), reference[None].flatten(1)).item()
+    psnrs = f"{pooled:.1f} dB; of single pictures {decibels.median():.1f} dB (median), {decibels.min():.1f} dB (worst)"
+    return f"PSNR to uncached, of all pixels together {psnrs}; largest difference {largest:.0f} of 255"
 
 
 def sheet_of(images: np.ndarray, labels: list[str], scale: int) -> np.ndarray:
@@ -235,7 +243,7 @@ def draw(
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="sample.py", doc=__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", default="tiny", help="a name (python -m minicache list shows them), file or folder; default tiny")
+    add("--ckpt", default="emoji", help="a name (python -m minicache list shows them), file or folder; default emoji")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: cuda or mps where there is one, else cpu")
     add("--dtype", default="float32", choices=("auto", *DTYPES), help="of the network; default float32")
     formats = ("auto", *(name.replace("_", "-") for name in MEMORY_FORMATS))
@@ -268,7 +276,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--forecast", choices=FORECASTS, help="deep features at the other steps: the last ones, or a line; default hold"
     )
     add("--budget", type=float, help="cost of an image in full passes: the nearest calibrated plan that ships")
-    add("--plan", metavar="FILE", help="a recipe (JSON) that sets the sampler and what is cached")
+    add("--plan", metavar="FILE", help="a recipe (JSON): sampler, guidance, and what is cached")
     add = parser.add_argument_group("output").add_argument
     add("--num", type=int, default=16, help="images; default 16")
     add("--seed", type=int, default=0, help="of the first image; each next image has the next seed; default 0")

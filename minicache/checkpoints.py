@@ -49,7 +49,7 @@ def embedded_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "weights"
 
 
-EMBEDDED = ("tiny", "tiny_cifar10")
+EMBEDDED = ("emoji", "tiny", "tiny_cifar10")
 # Google's files on the hub where those are the ones wanted, else P. Esser's conversions (pesser/pytorch_diffusion).
 REGISTRY = {name: Entry(**row) for name, row in json.loads((embedded_folder() / "registry.json").read_text()).items()}
 # The networks of Ho et al.: CIFAR-10 (35.7M parameters), and CelebA-HQ and LSUN at 256x256 (113.7M).
@@ -156,7 +156,7 @@ def agreed(path: Path, own: Any, given: Any) -> Any:
 def refuse_idle(path: Path, **settings: int | None) -> None:
     """ValueError for settings that are given (not None) and would change nothing."""
     if said := [f"{name}={value}" for name, value in settings.items() if value is not None]:
-        raise ValueError(f"{path} leaves nothing open that {' or '.join(said)} could decide")
+        raise ValueError(f"{path} says this itself: leave out {' and '.join(said)}")
 
 
 def read_file(path: Path) -> dict[str, Any]:

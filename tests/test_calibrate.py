@@ -187,8 +187,8 @@ def test_budget_of_the_command_line(net, tmp_path, capsys):
         sample_main(sample_parse(["--ckpt", str(net), "--budget", "7"]))
     for flags in (["--interval", "2"], ["--plan", "x.json"], ["--sampler", "ddim"]):
         with pytest.raises(ValueError, match=f"{flags[0]} contradicts --budget"):
-            sample_main(sample_parse(["--budget", "7", *flags]))
-    sample_main(sample_parse(["--budget", "9", "--num", "1", "--out", str(tmp_path / "x.png")]))
+            sample_main(sample_parse(["--ckpt", "tiny", "--budget", "7", *flags]))
+    sample_main(sample_parse(["--ckpt", "tiny", "--budget", "9", "--num", "1", "--out", str(tmp_path / "x.png")]))
     shipped = Recipe.load(calibrate.Path(__file__).parent.parent / "weights" / "recipes" / "tiny-10.json")
     assert f"{shipped.sampler}, {shipped.plan.steps} steps" in capsys.readouterr().out
 
