@@ -94,7 +94,7 @@ def test_what_is_no_set_of_samples(tmp_path, monkeypatch):
     np.savez(tmp_path / "whole.npz", arr_0=images)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-100])
     for name, words in (("float.npz", "float64"), ("name.npz", "arr_0"), ("pickle.npz", "object"),
-                        ("cut.npz", "cut.npz is not"), ("missing.npz", "missing"), ("d", "no folder or zip")):  # fmt: skip
+                        ("cut.npz", "cut.npz is not"), ("missing.npz", "missing"), ("d", "no folder")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             read_samples(tmp_path / name)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
