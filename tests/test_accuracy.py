@@ -64,7 +64,7 @@ def test_who_paints_what_he_is_told_is_right(folder, monkeypatch, capsys):
     assert rows["captions"] == ["n", "right", "+-", "among the 10 nearest", "by chance"]
     assert rows["held out"] == ["2", "1", "0", "1", "0.3333"] and rows["trained"] == ["4", "1", "0", "1", "0.3333"]
     assert painter.passes == [(2 * n, "full") for n in (2, 3, 1) for _ in range(50)]  # guided, hence twice as many
-    assert "ddim, uniform, 50 steps, guidance 3, 50.0 full passes" in capsys.readouterr().out
+    assert "ddim, uniform, 50 steps, guidance 3, 100.0 full passes" in capsys.readouterr().out
     with Image.open(folder.parent / "out" / "accuracy.png") as image:
         assert image.size == (6 * (2 * 96 + 4) + 4, 96 + BAND + 8)
         left, right = (np.asarray(image)[4 : 4 + 96, x : x + 96] for x in (4, 4 + 96))

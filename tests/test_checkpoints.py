@@ -159,7 +159,7 @@ def test_names_and_paths(tmp_path, unet):
     for name, words in (
         ("tyni", "did you mean tiny"),
         ("ddpm_cifar", "did you mean ddpm_cifar10"),
-        ("zzz", "the names are tiny"),
+        ("zzz", "the names are emoji"),
         ("no/such/file.pt", "there is no file or folder no/such/file.pt"),
         ("nothing.ckpt", "there is no file"),
     ):

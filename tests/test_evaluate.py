@@ -1,6 +1,7 @@
 """The comparison of methods: its protocol, its table, and what is drawn, once."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,8 @@ def test_table_of_errors(net, tmp_path, few, capsys):
         (4 * macs(unet) + 16 * macs(unet, 3)) / 1e9, rel=1e-3
     )
     assert f"about {2 * (20 + 20 + 20 + 20 + 12 + 4 * 5 + 10) / 3600:.1f} hours" in capsys.readouterr().out
-    assert {"table.md", "samples.png", "error.png", "pairs"} == {path.name for path in (tmp_path / "out").iterdir()}
+    drawn = {"error.png"} if find_spec("matplotlib") else set()  # an extra
+    assert {"table.md", "samples.png", "pairs"} | drawn == {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_distances_are_of_the_same_pictures_and_nothing_is_drawn_twice(net, real, tmp_path, few, monkeypatch):
