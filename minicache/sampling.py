@@ -134,8 +134,8 @@ def denoise(
         if negative is None and context.is_floating_point():
             raise ValueError("guidance of a context of tokens needs a negative one, as that of an empty prompt")
         negative = torch.full_like(context, unet.config.null_token) if negative is None else negative
-        context = torch.cat([_rows(negative, len(x)), _rows(context, len(x))])
-    context = None if context is None else _rows(context, len(x) if s.guidance == 1 else 2 * len(x)).to(device)
+    parts = [_rows(part, len(x)) for part in (negative, context) if part is not None]
+    context = torch.cat(parts).to(device) if parts else None
     return _loop(unet, x, context, ts, cache(s.plan), s, noise if stochastic else None)
 
 
