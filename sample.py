@@ -154,12 +154,11 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
     eta = f", eta {settings['eta']}" if settings["eta"] else ""
     line = f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {len(plan.refresh)} in full"
     guidance = settings["guidance"]
-    passes, macs = full_passes(unet, plan, guidance), plan_macs(unet, uncached(plan.steps), guidance)
-    cost = f"{passes * plan_macs(unet, uncached(1)) / 1e9:.2f} GMACs an image, {passes:.1f} full passes"
+    macs, whole = plan_macs(unet, plan, guidance), plan_macs(unet, uncached(plan.steps), guidance)
+    cost = f"{macs / 1e9:.2f} GMACs an image, {full_passes(unet, plan, guidance):.1f} full passes"
     if partial_steps := plan.steps - len(plan.refresh):
         line += f", {partial_steps} at branch {plan.branch} of {len(unet.D)}"
-        speed_up = macs / plan_macs(unet, plan, guidance)
-        cost += f", instead of {macs / 1e9:.2f}: a speed-up of {speed_up:.2f}x, if every MAC took as long; "
+        cost += f", instead of {whole / 1e9:.2f}: a speed-up of {whole / macs:.2f}x, if every MAC took as long; "
         cost += f"cache {cache_bytes(unet, plan, guidance) * min(args.num, args.batch_size) / 1e6:.1f} MB a batch"
     line += f"; guidance {guidance:g}, which takes two passes a step" if guidance != 1 else ""
     print(f"{line}\n{cost}")
