@@ -79,6 +79,13 @@ def interruptions() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def at_least(args: argparse.Namespace, **least: int) -> None:
+    """ValueError for a flag that is given and less than this."""
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+
+
 def prepare_out(out: Path, endings: tuple[str, ...]) -> None:
     """Make the folder of --out, or --out itself where it has no ending. ValueError where nothing can be written there.
 

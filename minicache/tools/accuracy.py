@@ -34,7 +34,7 @@ from minicache.plan import uncached
 from minicache.recipe import Recipe, recipe_from_file
 from minicache.samplers import SAMPLERS
 from minicache.sampling import sample
-from minicache.tools import Parser, prepare_out
+from minicache.tools import Parser, at_least, prepare_out
 from minicache.tools.evaluate import markdown
 from minicache.words import Vocabulary
 
@@ -87,9 +87,7 @@ def chosen_recipe(args: argparse.Namespace, vocabulary: Vocabulary) -> Recipe:
 
 
 def main(args: argparse.Namespace) -> None:
-    for name in ("num", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    at_least(args, num=1, batch_size=1)
     words = captioned(args.data, args.categories)
     if words is None:
         raise ValueError(f"--data {args.data} has no captions")

@@ -35,7 +35,7 @@ from minicache.metrics import psnr
 from minicache.placement import Placement, choose_placement, cpu_capabilities, place
 from minicache.plan import uncached, uniform
 from minicache.sampling import sample
-from minicache.tools import Parser
+from minicache.tools import Parser, at_least
 from minicache.unet import UNet
 
 BRANCHES = (1, 2, 3)
@@ -215,9 +215,7 @@ def as_markdown(rows: list[Row]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    for name in ("rounds", "steps"):
-        if getattr(args, name) < 2:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 2")
+    at_least(args, rounds=2, steps=2)
     if min(args.batch) < 1:
         raise ValueError(f"--batch {min(args.batch)} must be at least 1")
     placements = {

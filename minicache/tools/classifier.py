@@ -26,7 +26,7 @@ from minicache.data import labelled
 from minicache.files import replacing
 from minicache.images import to_tensor
 from minicache.placement import choose_device, fastest_dtype
-from minicache.tools import Parser
+from minicache.tools import Parser, at_least
 
 FEATURES = 128
 CLASSES = 10
@@ -129,9 +129,7 @@ def train(images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: floa
 
 def checked_data(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and classes to train on, then those to test with; ValueError for flags or classes that do not fit."""
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    at_least(args, epochs=1, batch_size=1)
     if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr:g} must be positive and finite")
     images, labels, names = labelled(args.data, "train")

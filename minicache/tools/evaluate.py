@@ -50,7 +50,7 @@ from minicache.recipe import Recipe, recipes_in
 from minicache.samplers import SAMPLERS
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
-from minicache.tools import Parser
+from minicache.tools import Parser, at_least
 from minicache.tools.classifier import classifier_features
 from minicache.unet import UNet
 
@@ -227,9 +227,7 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
 
 def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, list[Recipe]], Samples | None]:
     """The network and all else that the arguments ask for; ValueError for what cannot be had."""
-    for name, least in (("pairs", 2), ("num", args.pairs), ("batch_size", 1), ("ancestral", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    at_least(args, pairs=2, num=args.pairs, batch_size=1, ancestral=1)
     if args.real is None and (args.fid or args.num):
         raise ValueError("--fid and --num are for distances to real images: give --real")
     unet, placement = load(args.ckpt), choose_placement(args.device, args.dtype, compile=COMPILE[args.compile])
