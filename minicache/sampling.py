@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.diffusion import SPACINGS, VARIANCES, Diffusion, timesteps
+from minicache.diffusion import SPACINGS, VARIANCES, Diffusion
 from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
 from minicache.samplers import SAMPLERS, Point, predict_x0
 
@@ -47,8 +47,10 @@ class Settings:
             if getattr(self, name) != default and SAMPLERS[self.sampler].noise != name:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={self.sampler!r}")
         object.__setattr__(self, "spacing", self.spacing or SAMPLERS[self.sampler].spacing)
-        if self.start and timesteps(self.plan.steps, self.spacing, self.start)[0] != self.start - 1:
-            raise ValueError(f"spacing={self.spacing!r} does not begin at start - 1, where the noised images are")
+
+    def timesteps(self, diffusion: Diffusion) -> list[float]:
+        """One for each step of the plan, noisiest first; ValueError where there are none such."""
+        return diffusion.timesteps(self.plan.steps, self.spacing, self.start)
 
 
 class Network(Protocol):
@@ -106,7 +108,7 @@ def denoise(
     if s.start is not None and (x_T is None or s.start > unet.diffusion.num_timesteps):
         most = unet.diffusion.num_timesteps
         raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1, and to be at most {most}")
-    ts = timesteps(s.plan.steps, s.spacing, s.start or unet.diffusion.num_timesteps)
+    ts = s.timesteps(unet.diffusion)
     stochastic = SAMPLERS[s.sampler].noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
         raise ValueError("seeds are needed: for x_T, or for the noise of a stochastic sampler")

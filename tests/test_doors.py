@@ -235,10 +235,10 @@ def test_timesteps_may_be_fractional(unet, monkeypatch):
 
     whole = sample(unet, [0], steps=10, spacing="trailing")
     shifted = [t + 0.25 for t in range(899, -1, -100)]
-    monkeypatch.setattr("minicache.sampling.timesteps", lambda *_: [999, *shifted])
+    monkeypatch.setattr(Diffusion, "timesteps", lambda *_: [999, *shifted])
     moved = sample(unet, [0], steps=10)
     assert 0 < relative(moved, whole) < 0.05
-    monkeypatch.setattr("minicache.sampling.timesteps", lambda *_: [float(t) for t in range(999, -1, -100)])
+    monkeypatch.setattr(Diffusion, "timesteps", lambda *_: [float(t) for t in range(999, -1, -100)])
     assert torch.equal(sample(unet, [0], steps=10), whole)
 
 

@@ -9,7 +9,6 @@ import torch
 from conftest import SMALL, Recorder, noise, random_unet, relative
 
 from minicache import CachePlan, Diffusion, denoise, sample, uniform
-from minicache.diffusion import timesteps
 from minicache.samplers import (
     SAMPLERS,
     Point,
@@ -36,11 +35,11 @@ ALPHAS_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     ],
 )
 def test_spacings(spacing, steps, expected):
-    assert timesteps(steps, spacing) == expected
+    assert Diffusion().timesteps(steps, spacing) == expected
 
 
 def test_quad_spacing_begins_at_800_and_repeats():
-    ts = timesteps(100, "quad")
+    ts = Diffusion().timesteps(100, "quad")
     assert len(ts) == 100 and ts[:3] == [800, 783, 768]
     assert ts[::-1][:10] == [0, 0, 0, 0, 1, 2, 2, 3, 5, 6]
     assert len(set(ts)) == 96
@@ -49,7 +48,7 @@ def test_quad_spacing_begins_at_800_and_repeats():
 @pytest.mark.parametrize("spacing, steps", [("uniform", 1), ("quad", 1), ("linspace", 1)])
 def test_spacing_that_would_begin_at_zero_is_refused(spacing, steps):
     with pytest.raises(ValueError, match="t = 0"):
-        timesteps(steps, spacing)
+        Diffusion().timesteps(steps, spacing)
 
 
 def coefficients(t: int, t_next: int) -> tuple[float, float]:
@@ -140,7 +139,7 @@ def test_variances_differ_and_clipping_clips(unet):
 def test_steps_of_zero_length_change_nothing(unet, sampler):
     before = None
     for step in denoise(unet, [0], sampler=sampler, steps=100, spacing="quad", plan=uniform(100, 20, branch=1)):
-        following = timesteps(100, "quad")[step.i + 1] if step.i < 99 else -1
+        following = Diffusion().timesteps(100, "quad")[step.i + 1] if step.i < 99 else -1
         if step.t == following:
             assert torch.equal(step.x, before)
         before = step.x
@@ -198,7 +197,7 @@ def reference(sampler: str, x: np.ndarray, ts: list[int]) -> np.ndarray:
 def test_multistep_loops(sampler):
     x_T = noise(1, 3, 16, 16, seed=2)
     got = sample(Wave(), x_T=x_T, sampler=sampler, steps=12, spacing="uniform")
-    expected = reference(sampler, x_T.double().numpy(), timesteps(12))
+    expected = reference(sampler, x_T.double().numpy(), Diffusion().timesteps(12))
     assert relative(got, expected) < 1e-5
     assert relative(sample(Wave(), x_T=x_T, steps=12), expected) > 1e-2  # and not DDIM
 

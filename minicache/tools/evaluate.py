@@ -40,7 +40,7 @@ from tqdm import tqdm
 from minicache.checkpoints import embedded_folder, fingerprint, load
 from minicache.cost import full_passes, pass_seconds, plan_macs
 from minicache.data import Source, source
-from minicache.diffusion import SPACINGS, timesteps
+from minicache.diffusion import SPACINGS, Diffusion
 from minicache.files import replacing
 from minicache.images import grid, save_png, to_uint8
 from minicache.metrics import Samples, frechet_distance, inception, psnr, read_samples, relative_l2
@@ -85,7 +85,8 @@ class Benchmark:
     @property
     def spacings(self) -> list[str]:
         """From pure noise all; from noised images those that begin where the noise is."""
-        return [name for name in SPACINGS if self.start is None or timesteps(2, name, self.limit)[0] == self.limit - 1]
+        first = {name: Diffusion(self.limit).timesteps(2, name)[0] for name in SPACINGS}
+        return [name for name in SPACINGS if self.start is None or first[name] == self.limit - 1]
 
     @property
     def finest(self) -> Recipe:
@@ -135,7 +136,7 @@ def methods(args: argparse.Namespace, benchmark: Benchmark, recipes: list[Recipe
         found |= {f"{name}-{S}": benchmark.fewer_steps(S, (name,)) for name in SOLVERS for S in args.budgets}
         found[FLOOR] = [replace(benchmark.finest, plan=uncached(benchmark.limit // 2))]
     for recipe in (recipe for recipes in found.values() for recipe in recipes):
-        timesteps(recipe.plan.steps, recipe.spacing, benchmark.limit)  # refuses now what it would refuse later
+        recipe.timesteps(benchmark.unet.diffusion)  # refuses now what it would refuse later
     return found
 
 
