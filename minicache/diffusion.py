@@ -63,6 +63,10 @@ class Diffusion:
         signal, noise = (square.sqrt().to(x.dtype).to(x.device)[t].reshape(-1, 1, 1, 1) for square in squares)
         return signal, noise
 
+    def t_of(self, s: float) -> float:
+        lam = (self.alphas_bar / (1 - self.alphas_bar)).log().numpy()
+        return float(np.interp(-2 * log(s), lam[::-1], np.arange(len(lam) - 1, -1, -1.0)))
+
     def timesteps(self, steps: int, spacing: str = "uniform", start: int | None = None) -> list[float]:
         """The timesteps that `steps` steps visit, noisiest first.
 
@@ -80,6 +84,9 @@ class Diffusion:
             ts = [round((i + 1) * T / S) - 1 for i in range(S)]
         elif spacing == "linspace":
             ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
+        elif spacing.startswith("rho"):
+            rho = float(spacing[3:]); s0, s1 = (((1-a)/a)**.5 for a in (self.alphas_bar[T-1].item(), self.alphas_bar[0].item()))
+            return [float(T-1), *(self.t_of(v**rho) for v in np.linspace(s0**(1/rho), s1**(1/rho), S)[1:-1]), 0.0]
         else:
             raise ValueError(f"spacing={spacing!r} is none of {', '.join(SPACINGS)}")
         if ts[-1] == 0:

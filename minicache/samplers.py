@@ -22,6 +22,7 @@ class Point(NamedTuple):
     eps: Tensor  # the network's output there
     x0: Tensor  # the image that eps predicts, clipped where `clip`
     clip: bool = False
+    i: int = 0  # the step, from 0
 
 
 def predict_x0(x: Tensor, eps: Tensor, a: float, clip: bool = False) -> Tensor:
@@ -72,8 +73,12 @@ def plms_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
     The weights are those of Adams and Bashforth, which assume steps of equal length in t. The first steps are of lower
     order; there is no Runge-Kutta warm-up, so that every step costs one pass.
     """
-    eps = adams_bashforth([now.eps, *(point.eps for point in past)])
-    return ddim_step(now._replace(eps=eps, x0=predict_x0(now.x, eps, now.a, now.clip)), past, a_next)
+    return along(now, adams_bashforth([now.eps, *(point.eps for point in past)]), a_next)
+
+
+def along(now: Point, eps: Tensor, a_next: float) -> Tensor:
+    """DDIM's step along another direction than the network's."""
+    return ddim_step(now._replace(eps=eps, x0=predict_x0(now.x, eps, now.a, now.clip)), (), a_next)
 
 
 def adams_bashforth(slopes: Sequence[Tensor]) -> Tensor:

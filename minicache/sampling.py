@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from minicache.diffusion import SPACINGS, VARIANCES, Diffusion
 from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
-from minicache.samplers import SAMPLERS, Point, predict_x0
+from minicache.samplers import SAMPLERS, Point, Sampler, predict_x0
+from minicache.solver import Solver
 
 STEPS = 100  # unless asked for others
 Noise = Callable[[], Tensor] | None  # draws the next z [B, C, H, W], where the sampler needs one
@@ -24,8 +25,8 @@ class Settings:
     """How to sample: all but the network, the noise and the context. ValueError for what the sampler does not take."""
 
     plan: CachePlan  # the steps, and what is cached
-    sampler: str = "ddim"  # one of SAMPLERS
-    spacing: str | None = None  # one of SPACINGS; None: the sampler's own
+    sampler: str | Solver = "ddim"  # one of SAMPLERS, or a table of numbers
+    spacing: str | None = None  # one of SPACINGS; None: the sampler's own; a Solver has its own timesteps
     eta: float = 0.0  # ddim's noise, 0 to 1
     variance: str | None = None  # ddpm's, one of VARIANCES; None: the checkpoint's own
     clip_x0: bool | None = None  # clip the predicted image to [-1, 1]; None: as the sampler does by default
@@ -33,8 +34,9 @@ class Settings:
     guidance: float = 1.0  # of the context, 0 to 100; 1 is none, and costs half
 
     def __post_init__(self):
-        names = {"sampler": SAMPLERS, "spacing": (None, *SPACINGS), "variance": (None, *VARIANCES)}
+        names = {"sampler": SAMPLERS, "spacing": (None, *SPACINGS, "rho3", "rho4", "rho5", "rho7"), "variance": (None, *VARIANCES)}
         names["clip_x0"] = (None, True, False)
+        names |= {"sampler": (self.sampler,), "spacing": (None,)} if isinstance(self.sampler, Solver) else {}
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
@@ -44,12 +46,23 @@ class Settings:
             if (value, name) != (None, "start") and (type(value) not in (kind, int) or not least <= value <= most):
                 raise ValueError(f"{name}={value!r} must be a number in {least}..{most}")
         for name, default in (("eta", 0), ("variance", None)):
-            if getattr(self, name) != default and SAMPLERS[self.sampler].noise != name:
+            if getattr(self, name) != default and self.entry.noise != name:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={self.sampler!r}")
-        object.__setattr__(self, "spacing", self.spacing or SAMPLERS[self.sampler].spacing)
+        if isinstance(self.sampler, Solver):
+            if self.start is not None or len(self.sampler.t) != self.plan.steps:
+                raise ValueError(f"a fitted solver of {len(self.sampler.t)} steps has no other start, and no other steps")
+        else:
+            object.__setattr__(self, "spacing", self.spacing or self.entry.spacing)
+
+    @property
+    def entry(self) -> Sampler:
+        """What the loop must know of the sampler."""
+        return self.sampler.entry if isinstance(self.sampler, Solver) else SAMPLERS[self.sampler]
 
     def timesteps(self, diffusion: Diffusion) -> list[float]:
         """One for each step of the plan, noisiest first; ValueError where there are none such."""
+        if isinstance(self.sampler, Solver):
+            return list(self.sampler.t)
         return diffusion.timesteps(self.plan.steps, self.spacing, self.start)
 
 
@@ -109,7 +122,7 @@ def denoise(
         most = unet.diffusion.num_timesteps
         raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1, and to be at most {most}")
     ts = s.timesteps(unet.diffusion)
-    stochastic = SAMPLERS[s.sampler].noise == "variance" or s.eta > 0
+    stochastic = s.entry.noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
         raise ValueError("seeds are needed: for x_T, or for the noise of a stochastic sampler")
     seeds = None if seeds is None else list(seeds)
@@ -152,7 +165,7 @@ def _rows(context: Tensor, B: int) -> Tensor:
 def _loop(
     unet: Network, x: Tensor, context: Tensor | None, ts: list[float], cache: PlanCache, s: Settings, noise: Noise
 ) -> Iterator[Step]:
-    sampler, alpha_bar, branch = SAMPLERS[s.sampler], unet.diffusion.alpha_bar, s.plan.branch
+    sampler, alpha_bar, branch = s.entry, unet.diffusion.alpha_bar, s.plan.branch
     clip = sampler.clip_x0 if s.clip_x0 is None else s.clip_x0
     scale = s.eta if sampler.noise == "eta" else s.variance or unet.diffusion.variance
     ts_device = torch.tensor(ts, device=x.device)
@@ -170,7 +183,7 @@ def _loop(
             eps = away + s.guidance * (towards - away)
 
         a, a_next = alpha_bar(t), alpha_bar(ts[i + 1]) if i + 1 < len(ts) else 1.0
-        now = Point(a, x, eps, predict_x0(x, eps, a, clip), clip)
+        now = Point(a, x, eps, predict_x0(x, eps, a, clip), clip, i)
         if sampler.correct and past:
             now = sampler.correct(now, past)
         z = noise() if noise and a_next < 1 else None

@@ -1,0 +1,161 @@
+"""Fit a solver to a network: its weights in closed form, its timesteps by search, and the alphas of a cache's forecast.
+
+A finely resolved path leads from each x_T to its image. A solver with few steps runs beside it, and at each step takes
+those weights that lead, in least squares over some seeds, to where the path is at the next timestep. What is left to
+search for is the timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minicache.metrics import relative_l2
+from minicache.plan import CachePlan
+from minicache.samplers import Point, Sampler, along
+from minicache.sampling import Network, denoise
+from minicache.solver import Solver
+
+FINE = 200  # steps of a path
+LAGS = 8  # eps that a fitted step weighs, at most
+KNOTS = 12  # timesteps that a sweep shifts; more steps move along with them
+SWEEPS = 4
+RIDGE = 1e-8  # pulls weights to DDIM's, in parts of their mean square
+
+
+def noise_level(a: float) -> float:
+    """s = sqrt(1 - a) / sqrt(a)."""
+    return sqrt((1 - a) / a)
+
+
+class Path:
+    """y = x / sqrt(a) at any noise level s, on the finely resolved way of a few seeds: a Hermite cubic between steps,
+    as eps is dy/ds. where: what `denoise` is told of seeds, x_T, context and guidance."""
+
+    @torch.no_grad()
+    def __init__(self, unet: Network, **where: Any):
+        alpha_bar, x, s, y, eps = unet.diffusion.alpha_bar, None, [], [], []
+        self.where = where
+        for step in denoise(unet, steps=FINE, sampler="dpm++2m", spacing="rho4", **where):
+            a = alpha_bar(step.t)
+            x = sqrt(a) * step.x0 + sqrt(1 - a) * step.eps
+            s, y, eps = [*s, noise_level(a)], [*y, x / sqrt(a)], [*eps, step.eps]
+        self.image = step.x
+        self.s, self.y, self.eps = [*s, 0.0], [*y, step.x], [*eps, step.eps]
+        self.norm = self.image.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+
+    def __call__(self, s: float) -> Tensor:
+        k = min(max(sum(level > s for level in self.s), 1), len(self.s) - 1)
+        h = self.s[k] - self.s[k - 1]
+        u = (s - self.s[k - 1]) / h
+        ends = (1 + 2 * u) * (1 - u) ** 2 * self.y[k - 1] + u * u * (3 - 2 * u) * self.y[k]
+        return ends + h * u * (1 - u) * ((1 - u) * self.eps[k - 1] - u * self.eps[k])
+
+
+@dataclass(frozen=True, eq=False)
+class Fitting(Solver):
+    """A solver that finds its weights while it runs; where they are, those of the table stand for nothing."""
+
+    path: Path | None = None
+    found: list[tuple[float, ...]] = field(default_factory=list)
+
+    @property
+    def entry(self) -> Sampler:
+        return Sampler(self.step, history=LAGS - 1)
+
+    def step(self, now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+        """The step that ends as near to the path as any along a weighted sum of these eps does."""
+        s, s_next = noise_level(now.a), noise_level(a_next)
+        needed = (self.path(s_next) - now.x / sqrt(now.a)) / (s_next - s)  # the direction that would end on it
+        eps = torch.stack([now.eps, *(point.eps for point in past)])
+        E, short = (eps / self.path.norm).flatten(1).double(), ((needed - now.eps) / self.path.norm).flatten().double()
+        A = E @ E.T
+        weights = torch.linalg.solve(A + RIDGE * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype), E @ short)
+        weights[0] += 1
+        self.found.append(tuple(weights.tolist()))
+        return along(now, torch.tensordot(weights.to(eps), eps, 1), a_next)
+
+
+class Forecasting(torch.nn.Module):
+    """A network that finds the alphas of a plan while it runs: those whose forecasts are, in least squares, nearest to
+    the features of a full pass at the same step."""
+
+    def __init__(self, unet: Network):
+        super().__init__()
+        self.unet, self.config, self.diffusion = unet, unet.config, unet.diffusion
+        self.older = self.newer = None
+        self.alpha: list[float] = []  # one a pass
+
+    def forward_full(self, x: Tensor, t: Tensor, branch: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        eps, cached_U = self.unet.forward_full(x, t, branch, context)
+        self.older, self.newer = self.newer, cached_U
+        self.alpha.append(0.0)
+        return eps, cached_U
+
+    def forward_partial(self, x: Tensor, t: Tensor, cached_U: Tensor, branch: int, context: Tensor | None) -> Tensor:
+        self.alpha.append(0.0)
+        if self.older is not None:
+            change, needed = self.newer - self.older, self.unet.forward_full(x, t, branch, context)[1] - self.newer
+            self.alpha[-1] = ((change * needed).sum() / change.square().sum()).item()
+            cached_U = self.newer + self.alpha[-1] * change
+        return self.unet.forward_partial(x, t, cached_U, branch, context)
+
+
+class Fit(NamedTuple):
+    """A solver with its plan, and the mean error of the images that they were fitted on."""
+
+    solver: Solver
+    plan: CachePlan
+    error: float
+
+
+def fitted(unet: Network, path: Path, t: Sequence[float], plan: CachePlan, name: str = "fitted") -> Fit:
+    """The weights and the alphas for these timesteps, found by one run beside the path."""
+    fitting, network = Fitting(tuple(t), ((1.0,),) * len(t), path=path), Forecasting(unet)
+    plan = replace(plan, alpha=())
+    *_, last = denoise(network, plan=plan, sampler=fitting, **path.where)
+    solver = Solver(fitting.t, tuple(fitting.found), name)
+    return Fit(solver, replace(plan, alpha=network.alpha), relative_l2(last.x, path.image).mean().item())
+
+
+def search(
+    unet: Network, path: Path, plan: CachePlan, rho: float, sweeps: int = SWEEPS, name: str = "fitted"
+) -> Iterator[Fit]:
+    """Ever better fits: one for timesteps uniform in s^(1/rho), then one for each change of them that helps.
+
+    Each sweep tries to shift every timestep (but the first) towards either neighbour, and those around it less; the
+    shifts are halved when they help no longer.
+    """
+    diffusion = unet.diffusion
+    t = diffusion.timesteps(plan.steps, f"rho{rho:g}")
+    u = [noise_level(diffusion.alpha_bar(each)) ** (1 / rho) for each in t]
+    yield (best := fitted(unet, path, t, plan, name))
+    S, size = plan.steps, 0.25
+    width = max(1.0, (S - 1) / KNOTS)
+    for _ in range(sweeps):
+        before = best.error
+        for center in torch.arange(S - 1, 0, -width).tolist():
+            for sign in (1, -1):
+                moved = shifted(u, center, sign * size, width)
+                tried = fitted(unet, path, [diffusion.t_of(v**rho) for v in moved], plan, name)
+                if tried.error < best.error:
+                    best, u = tried, moved
+                    yield best
+                    break
+        if best.error > 0.97 * before:
+            size /= 2
+
+
+def shifted(u: list[float], center: float, size: float, width: float) -> list[float]:
+    """u, which falls, with a hat of this width: at its top u is `size` of the way to the neighbour before (or after)."""
+    moved = list(u)
+    for j in range(1, len(u)):
+        share = size * max(0.0, 1 - abs(j - center) / width)
+        neighbour = u[j - 1] if share > 0 else u[j + 1] if j + 1 < len(u) else 0.0
+        moved[j] += abs(share) * (neighbour - u[j])
+    return moved

@@ -1,0 +1,74 @@
+"""A deterministic sampler as a table of numbers: the timesteps it visits, and how it weighs the eps that it has seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minicache.diffusion import Diffusion
+from minicache.samplers import SAMPLERS, Point, Sampler, along, predict_x0
+
+
+@dataclass(frozen=True)
+class Solver:
+    """DDIM's step along a weighted sum of the eps seen so far: with y = x / sqrt(a) and s = sqrt(1 - a) / sqrt(a),
+
+        y' = y + (s' - s) sum_k weights[j][k] eps_{j-k},
+
+    of step j, from t[j] to t[j + 1]; the last step goes to s = 0. Every linear multistep sampler without noise and
+    clipping has this form: weights of DDIM are 1, of PLMS those of Adams and Bashforth. ValueError for other tables.
+    """
+
+    t: tuple[float, ...]  # the timesteps, falling, from the noisiest one; whole or not
+    weights: tuple[tuple[float, ...], ...]  # of step j: of eps_j, eps_{j-1}, ..., j + 1 of them at most
+    name: str = "fitted"  # how it came about
+
+    def __post_init__(self):
+        t, rows = tuple(self.t), tuple(map(tuple, self.weights))
+        numbers = [*t, *(weight for row in rows for weight in row)]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ValueError("a solver's t and weights must be finite numbers")
+        if not t or any(a <= b for a, b in zip(t, t[1:])) or not (0 <= t[-1] and 0 < t[0]):
+            raise ValueError(f"a solver's timesteps must fall from above 0 to 0 at the least, unlike {t}")
+        if len(rows) != len(t) or not all(1 <= len(row) <= j + 1 for j, row in enumerate(rows)):
+            raise ValueError(f"a solver of {len(t)} steps needs a row of weights for each, of 1 to j + 1 in step j")
+        object.__setattr__(self, "t", t)
+        object.__setattr__(self, "weights", rows)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def entry(self) -> Sampler:
+        """What the loop must know, as of any other sampler."""
+        return Sampler(self.step, history=max(map(len, self.weights)) - 1)
+
+    def step(self, now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+        eps = (now.eps, *(point.eps for point in past))
+        return along(now, sum(weight * each for weight, each in zip(self.weights[now.i], eps)), a_next)
+
+
+def tabulated(sampler: str, t: Sequence[float], diffusion: Diffusion) -> Solver:
+    """The table of one of SAMPLERS on these timesteps, exact to rounding. ValueError for a sampler that draws noise.
+
+    Each step is linear in y_0 and in all eps so far: the sampler is given these as unit vectors, and returns the table.
+    """
+    entry, S = SAMPLERS[sampler], len(t)
+    if entry.noise == "variance" or entry.twice:
+        raise ValueError(f"sampler={sampler!r} is no table of weights, one row a timestep")
+    unit = torch.eye(S + 1, dtype=torch.float64)  # y_0, eps_0, eps_1, ...
+    alphas, rows, past = [*map(diffusion.alpha_bar, t), 1.0], [], []
+    x = unit[0] * math.sqrt(alphas[0])
+    for j, (a, a_next) in enumerate(zip(alphas, alphas[1:])):
+        y, s, s_next = x / math.sqrt(a), *(math.sqrt((1 - each) / each) for each in (a, a_next))
+        now = Point(a, x, unit[j + 1], predict_x0(x, unit[j + 1], a), i=j)
+        now = entry.correct(now, past) if entry.correct and past else now
+        x = entry.step(now, past, a_next)
+        past = [now, *past][: entry.history]
+        row = ((x / math.sqrt(a_next) - y)[1 : j + 2] / (s_next - s)).flip(0)
+        rows.append(tuple(row[: 1 + row.abs().gt(1e-9).nonzero().max()].tolist()))
+    return Solver(tuple(t), tuple(rows), sampler)
