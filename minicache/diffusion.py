@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 VARIANCES = ("fixed_large", "fixed_small")
-SPACINGS = ("uniform", "quad", "trailing", "linspace")
+SPACINGS = ("uniform", "quad", "trailing", "linspace", "offset")
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,16 @@ class Diffusion:
             ts = [round((i + 1) * T / S) - 1 for i in range(S)]
         elif spacing == "linspace":
             ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
+        elif spacing == "offset":  # latent diffusion's: uniform's, one later, for a last step that ends at t = 0
+            ts = [i * (T // S) + 1 for i in range(S)]
         elif spacing.startswith("rho"):
             rho = float(spacing[3:]); s0, s1 = (((1-a)/a)**.5 for a in (self.alphas_bar[T-1].item(), self.alphas_bar[0].item()))
             return [float(T-1), *(self.t_of(v**rho) for v in np.linspace(s0**(1/rho), s1**(1/rho), S)[1:-1]), 0.0]
         else:
             raise ValueError(f"spacing={spacing!r} is none of {', '.join(SPACINGS)}")
-        if ts[-1] == 0:
-            raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = 0, where no noise is left")
+        if not 0 < ts[-1] < T:
+            why = "where no noise is left" if ts[-1] == 0 else f"after the last one, {T - 1}"
+            raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = {ts[-1]}, {why}")
         if start is not None and ts[-1] != start - 1:
             raise ValueError(f"spacing={spacing!r} does not begin at start - 1, where the noised images are")
         return ts[::-1]
