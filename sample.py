@@ -258,7 +258,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
     add("--steps", type=int, help=f"default {STEPS}")
-    add("--spacing", choices=SPACINGS, help="of the timesteps; default: the sampler's own")
+    add("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)}, or rho7 or another; default: the sampler's own")
     add("--eta", type=float, help="ddim's noise, 0 to 1; default 0")
     add("--variance", choices=VARIANCES, help="ddpm's; default: the checkpoint's")
     add(

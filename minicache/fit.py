@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minicache.metrics import relative_l2
 from minicache.plan import CachePlan
-from minicache.samplers import Point, Sampler, along
+from minicache.samplers import Point, Sampler, combine, step_along
 from minicache.sampling import Network, denoise
 from minicache.solver import Solver
 
@@ -78,7 +78,7 @@ class Fitting(Solver):
         weights = torch.linalg.solve(A + RIDGE * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype), E @ short)
         weights[0] += 1
         self.found.append(tuple(weights.tolist()))
-        return along(now, torch.tensordot(weights.to(eps), eps, 1), a_next)
+        return step_along(combine(self.found[-1], eps), now, a_next)
 
 
 class Forecasting(torch.nn.Module):
@@ -142,7 +142,7 @@ def search(
         for center in torch.arange(S - 1, 0, -width).tolist():
             for sign in (1, -1):
                 moved = shifted(u, center, sign * size, width)
-                tried = fitted(unet, path, [diffusion.t_of(v**rho) for v in moved], plan, name)
+                tried = fitted(unet, path, [diffusion.timestep(1 / (1 + v ** (2 * rho))) for v in moved], plan, name)
                 if tried.error < best.error:
                     best, u = tried, moved
                     yield best

@@ -12,6 +12,7 @@ from minicache.files import replacing
 from minicache.plan import CachePlan, nonuniform, uniform
 from minicache.samplers import passes
 from minicache.sampling import STEPS, Settings
+from minicache.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Recipe(Settings):
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
-            return cls(**{**values, "plan": CachePlan(**values["plan"])})
+            made = {"plan": CachePlan(**values["plan"])}
+            if isinstance(values.get("sampler"), dict):
+                made["sampler"] = Solver(**values["sampler"])
+            return cls(**{**values, **made})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from None
 

@@ -1,16 +1,22 @@
 """The samplers: each is a pure function beside its equation, and one entry of SAMPLERS. sampling.py has their loop.
 
 Notation: a is alphas_bar at this step's t and a_next at the next one's (1 after the last), so that
-x_t = sqrt(a) x_0 + sqrt(1 - a) eps. Coefficients are float64 numbers; images are float32 [B, C, H, W].
+x_t = sqrt(a) x_0 + sqrt(1 - a) eps; lambda = log(sqrt(a) / sqrt(1 - a)), and h is the length of a step in lambda.
+Coefficients are float64 numbers; images are float32 [B, C, H, W].
+
+Multistep samplers take DDIM's step along what they expect to be the mean over it, of eps (PLMS, DEIS) or of x_0
+(DPM-Solver++, UniPC), from now and some steps before. They begin with lower orders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import exp, log, sqrt
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 
@@ -47,19 +53,87 @@ def ddpm_step(now: Point, past: Sequence[Point], a_next: float, variance: str, z
     return mean if a_next == 1 else mean + sigma * z
 
 
-def dpmpp_2m_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022), Alg. 2; of first order where there is no past.
+# --- of eps ----------------------------------------------------------------------------------------------------------
 
-    With lambda = log(sqrt(a) / sqrt(1 - a)), h = lambda' - lambda and r = h_last / h:
-    D = (1 + 1/2r) x_0 - 1/2r x_0_last,  x' = sigma'/sigma x - alpha' (exp(-h) - 1) D.
+
+def plms_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+    """PLMS (Liu et al. 2022), Eq. 12, along a mean of this eps and up to three earlier ones.
+
+    The weights are those of Adams and Bashforth for steps of equal length, in whatever the spacing is even. There is no
+    Runge-Kutta warm-up, so that every step costs one pass. (Zhang and Chen 2023 call this iPNDM.)
     """
+    return step_along(adams_bashforth([now.eps, *(point.eps for point in past)]), now, a_next)
+
+
+def pndm_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+    """PLMS as in latent diffusion (Rombach et al. 2022), the first step taken twice: at its end once more from its
+    start, along the mean of both eps. Of the two eps at that end, the later counts from then on.
+    """
+    if a_next == now.a:
+        return step_along((now.eps + past[0].eps) / 2, past[0], now.a)
+    latest = {point.a: point for point in (*reversed(past), now)}
+    now, *past = reversed(latest.values())
+    return plms_step(now, past, a_next)
+
+
+def deis_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+    """DEIS (Zhang and Chen 2023), Eq. 14: eps is a polynomial in lambda through now and the past."""
+    points = [now, *past] if a_next < 1 else [now]
+    weights = exponential_weights(points, now.a, a_next, -1) if a_next < 1 else [1.0]
+    return step_along(combine(weights, [point.eps for point in points]), now, a_next)
+
+
+def step_along(eps: Tensor, now: Point, a_next: float) -> Tensor:
+    """DDIM's step from now.x, as if eps were the same all the way."""
+    return ddim_step(now._replace(eps=eps, x0=predict_x0(now.x, eps, now.a, now.clip)), (), a_next)
+
+
+def adams_bashforth(slopes: Sequence[Tensor]) -> Tensor:
+    """The mean slope over the next step, from up to four slopes at equal distances, the latest first."""
+    weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    return combine(weights[min(len(slopes), 4) - 1], slopes)
+
+
+# --- of x_0 ----------------------------------------------------------------------------------------------------------
+
+
+def dpmpp_2m_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022), Alg. 2: with r = h_last / h, towards (1 + 1/2r) x_0 - 1/2r x_0_last."""
     if a_next == 1:
         return now.x0
-    x0, h = now.x0, half_log_snr(a_next) - half_log_snr(now.a)
+    x0 = now.x0
     if past:
-        r = (half_log_snr(now.a) - half_log_snr(past[0].a)) / h
+        r = step_length(past[0].a, now.a) / step_length(now.a, a_next)
         x0 = (1 + 0.5 / r) * x0 - 0.5 / r * past[0].x0
+    return step_towards(x0, now, a_next)
+
+
+def dpmpp_3m_step(now: Point, past: Sequence[Point], a_next: float, quadratic: float = 0.5) -> Tensor:
+    """DPM-Solver++(3M): x_0 is a parabola through the last three, with half its quadratic term, as in their code."""
+    if a_next == 1 or len(past) < 2:
+        return dpmpp_2m_step(now, past, a_next)
+    points = [now, *past[:2]]
+    weights = exponential_weights(points, now.a, a_next, 1, quadratic)
+    return step_towards(combine(weights, [point.x0 for point in points]), now, a_next)
+
+
+def unipc_correct(now: Point, past: Sequence[Point]) -> Point:
+    """UniC (Zhao et al. 2023), Alg. 1 with B_2: the last step again, with the x_0 at its end among the points.
+
+    Only x changes: the network is not asked again.
+    """
+    points = [now, *past]
+    weights = exponential_weights(points, past[0].a, now.a, 1) if len(past) > 1 else (0.5, 0.5)
+    return now._replace(x=step_towards(combine(weights, [point.x0 for point in points]), past[0], now.a))
+
+
+def step_towards(x0: Tensor, now: Point, a_next: float) -> Tensor:
+    """The same step of DDIM, as if x_0 were the same all the way: sigma'/sigma x - alpha' (exp(-h) - 1) x_0."""
+    h = step_length(now.a, a_next)
     return sqrt((1 - a_next) / (1 - now.a)) * now.x - sqrt(a_next) * (exp(-h) - 1) * x0
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
 
 
 def half_log_snr(a: float) -> float:
@@ -67,38 +141,31 @@ def half_log_snr(a: float) -> float:
     return 0.5 * log(a / (1 - a))
 
 
-def plms_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
-    """PLMS (Liu et al. 2022), Eq. 12: DDIM's step along a direction from this eps and up to three earlier ones.
+def step_length(a: float, a_next: float) -> float:
+    """h = lambda' - lambda."""
+    return half_log_snr(a_next) - half_log_snr(a)
 
-    The weights are those of Adams and Bashforth, which assume steps of equal length in t. The first steps are of lower
-    order; there is no Runge-Kutta warm-up, so that every step costs one pass.
+
+def exponential_weights(
+    points: Sequence[Point], a: float, a_next: float, sign: int, quadratic: float = 1.0
+) -> list[float]:
+    """One weight a point: the mean of a polynomial in lambda through all points, over the step from a to a_next.
+
+    DDIM's steps are exact in exp(lambda) for x_0 and in exp(-lambda) for eps, so that means are weighted by
+    exp(sign * lambda). With u from 0 to 1 over the step, those of u^k follow by parts (they are the phi functions of
+    exponential integrators): M_0 = 1, M_k = 1 / (1 - exp(-h)) - k / h M_{k-1}. quadratic scales M_2.
     """
-    return along(now, adams_bashforth([now.eps, *(point.eps for point in past)]), a_next)
+    h = step_length(a, a_next)
+    u = [step_length(a, point.a) / h for point in points]
+    h, means = sign * h, [1.0]
+    for k in range(1, len(points)):
+        means.append(1 / (1 - exp(-h)) - k / h * means[-1])
+    means[2:3] = [quadratic * mean for mean in means[2:3]]
+    return np.linalg.solve(np.vander(u, increasing=True).T, means).tolist()
 
 
-def along(now: Point, eps: Tensor, a_next: float) -> Tensor:
-    """DDIM's step along another direction than the network's."""
-    return ddim_step(now._replace(eps=eps, x0=predict_x0(now.x, eps, now.a, now.clip)), (), a_next)
-
-
-def pndm_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
-    """PLMS as Stable Diffusion has it, its first step taken twice: from the start of Euler's once more, along the mean
-    direction of both ends. Adams and Bashforth then go on with the end's eps where the second try has led to.
-
-    (Latent diffusion's plms.py; diffusers' PNDMScheduler without Runge-Kutta steps.)
-    """
-    if a_next == now.a:
-        start, eps = past[0], (now.eps + past[0].eps) / 2
-        return ddim_step(start._replace(eps=eps, x0=predict_x0(start.x, eps, start.a, start.clip)), (), now.a)
-    latest = {point.a: point for point in (*reversed(past), now)}  # at each a the later of two
-    now, *past = reversed(latest.values())
-    return plms_step(now, past, a_next)
-
-
-def adams_bashforth(slopes: Sequence[Tensor]) -> Tensor:
-    """The mean slope over the next step, from up to four slopes at equal distances, the latest first."""
-    weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-    return sum(w * slope for w, slope in zip(weights[min(len(slopes), 4) - 1], slopes))
+def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    return sum(w * tensor for w, tensor in zip(weights, tensors))
 
 
 @dataclass(frozen=True)
@@ -123,6 +190,12 @@ SAMPLERS = {
     "ddim": Sampler(ddim_step, noise="eta"),
     "ddpm": Sampler(ddpm_step, noise="variance", clip_x0=True),
     "dpm++2m": Sampler(dpmpp_2m_step, history=1, spacing="trailing"),
+    "dpm++3m": Sampler(dpmpp_3m_step, history=2, spacing="rho7"),
+    "unipc": Sampler(dpmpp_2m_step, history=2, spacing="rho7", correct=unipc_correct),  # UniP-2 is DPM-Solver++(2M)
+    "unipc3": Sampler(partial(dpmpp_3m_step, quadratic=1.0), history=3, spacing="rho7", correct=unipc_correct),
+    "deis": Sampler(deis_step, history=2, spacing="rho7"),
+    "plms2": Sampler(plms_step, history=1, spacing="rho7"),  # the number: of its order
+    "plms3": Sampler(plms_step, history=2, spacing="rho7"),
     "plms": Sampler(plms_step, history=3, spacing="linspace"),
     "pndm": Sampler(pndm_step, history=4, spacing="offset", twice=True),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.diffusion import SPACINGS, VARIANCES, Diffusion
+from minicache.diffusion import VARIANCES, Diffusion, check_spacing
 from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
 from minicache.samplers import SAMPLERS, Point, Sampler, passes, predict_x0
 from minicache.solver import Solver
@@ -26,7 +26,7 @@ class Settings:
 
     plan: CachePlan  # the steps, and what is cached
     sampler: str | Solver = "ddim"  # one of SAMPLERS, or a table of numbers
-    spacing: str | None = None  # one of SPACINGS; None: the sampler's own; a Solver has its own timesteps
+    spacing: str | None = None  # of the timesteps (`Diffusion.timesteps`); None: the sampler's own
     eta: float = 0.0  # ddim's noise, 0 to 1
     variance: str | None = None  # ddpm's, one of VARIANCES; None: the checkpoint's own
     clip_x0: bool | None = None  # clip the predicted image to [-1, 1]; None: as the sampler does by default
@@ -34,9 +34,9 @@ class Settings:
     guidance: float = 1.0  # of the context, 0 to 100; 1 is none, and costs half
 
     def __post_init__(self):
-        names = {"sampler": SAMPLERS, "spacing": (None, *SPACINGS, "rho3", "rho4", "rho5", "rho7"), "variance": (None, *VARIANCES)}
-        names["clip_x0"] = (None, True, False)
-        names |= {"sampler": (self.sampler,), "spacing": (None,)} if isinstance(self.sampler, Solver) else {}
+        fitted = isinstance(self.sampler, Solver)
+        names = {"variance": (None, *VARIANCES), "clip_x0": (None, True, False)}
+        names |= {"spacing": (None,), "start": (None,)} if fitted else {"sampler": SAMPLERS}
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
@@ -50,11 +50,11 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={self.sampler!r}")
         if self.entry.twice and self.plan.steps < 3:
             raise ValueError(f"sampler={self.sampler!r} takes its first step twice, and needs 2 timesteps or more")
-        if isinstance(self.sampler, Solver):
-            if self.start is not None or len(self.sampler.t) != self.plan.steps:
-                raise ValueError(f"a solver of {len(self.sampler.t)} steps has no other start, nor another plan")
-        else:
+        if fitted and len(self.sampler.t) != self.plan.steps:
+            raise ValueError(f"the solver has {len(self.sampler.t)} steps, and the plan {self.plan.steps}")
+        if not fitted:
             object.__setattr__(self, "spacing", self.spacing or self.entry.spacing)
+            check_spacing(self.spacing)
 
     @property
     def entry(self) -> Sampler:

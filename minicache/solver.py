@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minicache.diffusion import Diffusion
-from minicache.samplers import SAMPLERS, Point, Sampler, along, predict_x0
+from minicache.samplers import SAMPLERS, Point, Sampler, combine, predict_x0, step_along
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Solver:
 
     def step(self, now: Point, past: Sequence[Point], a_next: float) -> Tensor:
         eps = (now.eps, *(point.eps for point in past))
-        return along(now, sum(weight * each for weight, each in zip(self.weights[now.i], eps)), a_next)
+        return step_along(combine(self.weights[now.i], eps), now, a_next)
 
 
 def tabulated(sampler: str, t: Sequence[float], diffusion: Diffusion) -> Solver:

@@ -54,6 +54,26 @@ def test_spacing_that_would_begin_at_zero_is_refused(spacing, steps):
         Diffusion().timesteps(steps, spacing)
 
 
+@pytest.mark.parametrize(
+    "spacing, f", [("logsnr", np.log), ("rho7", lambda s: s ** (1 / 7)), ("rho2.5", lambda s: s**0.4)]
+)
+@pytest.mark.parametrize("start", [None, 700])
+def test_spacings_in_the_noise(spacing, f, start):
+    """f(s) is evenly spaced from t = T - 1 to 0, s = sqrt(1 - abar) / sqrt(abar)."""
+    diffusion = Diffusion()
+    ts = diffusion.timesteps(9, spacing, start)
+    assert (ts[0], ts[-1], len(ts)) == ((start or 1000) - 1, 0, 9) and all(type(t) is int for t in (ts[0], ts[-1]))
+    gaps = np.diff([f(math.sqrt(1 / diffusion.alpha_bar(t) - 1)) for t in ts])
+    assert np.allclose(gaps, gaps[0], rtol=1e-6) and gaps[0] < 0
+    assert diffusion.timesteps(1, spacing, start) == ts[:1]
+
+
+def test_timestep_is_the_inverse_of_alpha_bar():
+    diffusion = Diffusion()
+    for t in (0, 0.25, 1, 431.7, 998.5, 999):
+        assert diffusion.timestep(diffusion.alpha_bar(t)) == pytest.approx(t, abs=1e-6)
+
+
 def test_offset_needs_room_for_its_one():
     with pytest.raises(ValueError, match="would begin at t = 1000, after the last one, 999"):
         Diffusion().timesteps(1000, "offset")
@@ -276,7 +296,12 @@ def test_steps_tell_what_happened(unet):
         ({"start": -3, "x_T": noise(1, 3, 16, 16)}, "start=-3"),
         ({"start": 700, "x_T": noise(1, 3, 16, 16), "steps": 10}, "does not begin at start - 1"),
         ({"start": 700, "x_T": noise(1, 3, 16, 16), "steps": 10, "spacing": "quad"}, "does not begin at start - 1"),
-        ({"spacing": "cubic"}, "spacing='cubic'"),
+        ({"spacing": "cubic"}, "spacing='cubic' is none of uniform, .*, logsnr, rho0.5 to rho100"),
+        ({"spacing": "rho0.4"}, "spacing='rho0.4'"),
+        ({"spacing": "rho101"}, "spacing='rho101'"),
+        ({"spacing": "rho-3"}, "spacing='rho-3'"),
+        ({"spacing": "rho"}, "spacing='rho'"),
+        ({"spacing": 7}, "spacing=7 is none"),
         ({"eta": -1.0}, "eta=-1.0"),
         ({"eta": 0.5, "sampler": "dpm++2m"}, "eta=0.5"),
         ({"variance": "learned"}, "variance='learned'"),
