@@ -4,8 +4,8 @@ Notation: a is alphas_bar at this step's t and a_next at the next one's (1 after
 x_t = sqrt(a) x_0 + sqrt(1 - a) eps; lambda = log(sqrt(a) / sqrt(1 - a)), and h is the length of a step in lambda.
 Coefficients are float64 numbers; images are float32 [B, C, H, W].
 
-Multistep samplers take DDIM's step along what they expect to be the mean over it, of eps (PLMS, DEIS) or of x_0
-(DPM-Solver++, UniPC), from now and some steps before. They begin with lower orders.
+Multistep samplers take DDIM's step with the mean over it that earlier points foretell: of eps (PLMS, DEIS) or of x_0
+(DPM-Solver++, UniPC). Their first steps have fewer points, and so a lower order.
 """
 
 from __future__ import annotations
@@ -53,22 +53,18 @@ def ddpm_step(now: Point, past: Sequence[Point], a_next: float, variance: str, z
     return mean if a_next == 1 else mean + sigma * z
 
 
-# --- of eps ----------------------------------------------------------------------------------------------------------
-
-
 def plms_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
-    """PLMS (Liu et al. 2022), Eq. 12, along a mean of this eps and up to three earlier ones.
+    """PLMS (Liu et al. 2022), Eq. 12: along a mean of this eps and up to three earlier ones.
 
-    The weights are those of Adams and Bashforth for steps of equal length, in whatever the spacing is even. There is no
-    Runge-Kutta warm-up, so that every step costs one pass. (Zhang and Chen 2023 call this iPNDM.)
+    The weights are those of Adams and Bashforth, for steps of equal length. There is no Runge-Kutta warm-up, so that
+    every step costs one pass (Zhang and Chen 2023 call this iPNDM).
     """
     return step_along(adams_bashforth([now.eps, *(point.eps for point in past)]), now, a_next)
 
 
 def pndm_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
-    """PLMS as in latent diffusion (Rombach et al. 2022), the first step taken twice: at its end once more from its
-    start, along the mean of both eps. Of the two eps at that end, the later counts from then on.
-    """
+    """PLMS as in latent diffusion (Rombach et al. 2022): the first step is taken twice, the second time along the mean
+    of the eps at both ends. Of the two eps at its end, the later counts from then on."""
     if a_next == now.a:
         return step_along((now.eps + past[0].eps) / 2, past[0], now.a)
     latest = {point.a: point for point in (*reversed(past), now)}
@@ -76,25 +72,16 @@ def pndm_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
     return plms_step(now, past, a_next)
 
 
-def deis_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
-    """DEIS (Zhang and Chen 2023), Eq. 14: eps is a polynomial in lambda through now and the past."""
-    points = [now, *past] if a_next < 1 else [now]
-    weights = exponential_weights(points, now.a, a_next, -1) if a_next < 1 else [1.0]
-    return step_along(combine(weights, [point.eps for point in points]), now, a_next)
-
-
-def step_along(eps: Tensor, now: Point, a_next: float) -> Tensor:
-    """DDIM's step from now.x, as if eps were the same all the way."""
-    return ddim_step(now._replace(eps=eps, x0=predict_x0(now.x, eps, now.a, now.clip)), (), a_next)
-
-
 def adams_bashforth(slopes: Sequence[Tensor]) -> Tensor:
     """The mean slope over the next step, from up to four slopes at equal distances, the latest first."""
     weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-    return combine(weights[min(len(slopes), 4) - 1], slopes)
+    return sum(w * slope for w, slope in zip(weights[min(len(slopes), 4) - 1], slopes))
 
 
-# --- of x_0 ----------------------------------------------------------------------------------------------------------
+def deis_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+    """DEIS (Zhang and Chen 2023), Eq. 14, with polynomials in lambda."""
+    eps = now.eps if a_next == 1 else polynomial_mean("eps", [now, *past], now.a, a_next)
+    return step_along(eps, now, a_next)
 
 
 def dpmpp_2m_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
@@ -109,36 +96,44 @@ def dpmpp_2m_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
 
 
 def dpmpp_3m_step(now: Point, past: Sequence[Point], a_next: float, quadratic: float = 0.5) -> Tensor:
-    """DPM-Solver++(3M): x_0 is a parabola through the last three, with half its quadratic term, as in their code."""
+    """DPM-Solver++(3M), of the same authors' code, which has half of the parabola's quadratic term; UniP-3 has all."""
     if a_next == 1 or len(past) < 2:
         return dpmpp_2m_step(now, past, a_next)
-    points = [now, *past[:2]]
-    weights = exponential_weights(points, now.a, a_next, 1, quadratic)
-    return step_towards(combine(weights, [point.x0 for point in points]), now, a_next)
+    return step_towards(polynomial_mean("x0", [now, *past[:2]], now.a, a_next, quadratic), now, a_next)
 
 
 def unipc_correct(now: Point, past: Sequence[Point]) -> Point:
-    """UniC (Zhao et al. 2023), Alg. 1 with B_2: the last step again, with the x_0 at its end among the points.
+    """UniC (Zhao et al. 2023), Alg. 1 with B_2: the last step once more, with the x_0 at its end as well."""
+    x0 = polynomial_mean("x0", [now, *past], past[0].a, now.a) if past[1:] else (now.x0 + past[0].x0) / 2
+    return now._replace(x=step_towards(x0, past[0], now.a))
 
-    Only x changes: the network is not asked again.
-    """
-    points = [now, *past]
-    weights = exponential_weights(points, past[0].a, now.a, 1) if len(past) > 1 else (0.5, 0.5)
-    return now._replace(x=step_towards(combine(weights, [point.x0 for point in points]), past[0], now.a))
+
+def step_along(eps: Tensor, now: Point, a_next: float) -> Tensor:
+    """DDIM's step as if eps were the same all the way."""
+    return ddim_step(now._replace(eps=eps, x0=predict_x0(now.x, eps, now.a, now.clip)), (), a_next)
 
 
 def step_towards(x0: Tensor, now: Point, a_next: float) -> Tensor:
-    """The same step of DDIM, as if x_0 were the same all the way: sigma'/sigma x - alpha' (exp(-h) - 1) x_0."""
+    """DDIM's step as if x_0 were the same all the way: sigma'/sigma x - alpha' (exp(-h) - 1) x_0."""
     h = step_length(now.a, a_next)
     return sqrt((1 - a_next) / (1 - now.a)) * now.x - sqrt(a_next) * (exp(-h) - 1) * x0
 
 
-# --- what they share -------------------------------------------------------------------------------------------------
+def polynomial_mean(of: str, points: Sequence[Point], a: float, a_next: float, quadratic: float = 1.0) -> Tensor:
+    """The mean of eps or x0 over the step from a to a_next, where it is the polynomial in lambda through the points.
 
-
-def half_log_snr(a: float) -> float:
-    """lambda of DPM-Solver: log(sqrt(a) / sqrt(1 - a))."""
-    return 0.5 * log(a / (1 - a))
+    DDIM's step is the integral of eps exp(-lambda) or x_0 exp(lambda), so that this is a mean with these weights. Over
+    u = 0..1, that of u^k is M_k = 1 / (1 - exp(-h)) - k / h M_{k-1}, M_0 = 1 (the phi functions of exponential
+    integrators), with -h for eps. quadratic scales M_2.
+    """
+    h = step_length(a, a_next)
+    u = [step_length(a, point.a) / h for point in points]
+    h, means = h if of == "x0" else -h, [1.0]
+    for k in range(1, len(points)):
+        means.append(1 / (1 - exp(-h)) - k / h * means[-1])
+    means[2:3] = [quadratic * mean for mean in means[2:3]]
+    weights = np.linalg.solve(np.vander(u, increasing=True).T, means).tolist()
+    return sum(w * getattr(point, of) for w, point in zip(weights, points))
 
 
 def step_length(a: float, a_next: float) -> float:
@@ -146,26 +141,9 @@ def step_length(a: float, a_next: float) -> float:
     return half_log_snr(a_next) - half_log_snr(a)
 
 
-def exponential_weights(
-    points: Sequence[Point], a: float, a_next: float, sign: int, quadratic: float = 1.0
-) -> list[float]:
-    """One weight a point: the mean of a polynomial in lambda through all points, over the step from a to a_next.
-
-    DDIM's steps are exact in exp(lambda) for x_0 and in exp(-lambda) for eps, so that means are weighted by
-    exp(sign * lambda). With u from 0 to 1 over the step, those of u^k follow by parts (they are the phi functions of
-    exponential integrators): M_0 = 1, M_k = 1 / (1 - exp(-h)) - k / h M_{k-1}. quadratic scales M_2.
-    """
-    h = step_length(a, a_next)
-    u = [step_length(a, point.a) / h for point in points]
-    h, means = sign * h, [1.0]
-    for k in range(1, len(points)):
-        means.append(1 / (1 - exp(-h)) - k / h * means[-1])
-    means[2:3] = [quadratic * mean for mean in means[2:3]]
-    return np.linalg.solve(np.vander(u, increasing=True).T, means).tolist()
-
-
-def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    return sum(w * tensor for w, tensor in zip(weights, tensors))
+def half_log_snr(a: float) -> float:
+    """lambda of DPM-Solver: log(sqrt(a) / sqrt(1 - a))."""
+    return 0.5 * log(a / (1 - a))
 
 
 @dataclass(frozen=True)

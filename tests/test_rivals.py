@@ -40,6 +40,20 @@ def test_offset(unet):
     follow(unet, scheduler, spacing="offset", steps=12)
 
 
+def test_plms(unet):
+    """iPNDM's scheduler takes v, and its own alpha and sigma are of another schedule: it is given ours."""
+    scheduler = diffusers.IPNDMScheduler()
+    scheduler.set_timesteps(12)
+    a = torch.tensor([*(Diffusion().alpha_bar(t) for t in Diffusion().timesteps(12, "rho4")), 1.0])
+    scheduler.alphas, scheduler.betas = a.sqrt(), (1 - a).sqrt()
+    x = noise(2, 3, 16, 16, seed=1)
+    for step in denoise(unet, x_T=x, sampler="plms", spacing="rho4", steps=12):
+        v = a[step.i].sqrt() * step.eps - (1 - a[step.i]).sqrt() * step.x0
+        x = scheduler.step(v, scheduler.timesteps[step.i], x).prev_sample
+        assert relative(step.x, x) < TOLERANCE, step.i
+        x = step.x
+
+
 MULTISTEP = {
     "dpm++2m": ("DPMSolverMultistepScheduler", {"solver_order": 2, "final_sigmas_type": "zero"}),
     "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "zero"}),

@@ -156,6 +156,64 @@ def test_adams_bashforth_integrates_polynomials_of_its_order(order):
     assert got == pytest.approx(1 / (order + 1))
 
 
+def exact_point(lam: float) -> Point:
+    """Where the probability flow of pixels N(0.3, 0.5**2) has led a pixel that began at x_T = 1, in float64."""
+    a = 1 / (1 + math.exp(-2 * lam))
+    alpha, variance = math.sqrt(a), 0.25 * a + 1 - a
+    x = torch.tensor([alpha * 0.3 + math.sqrt(variance)], dtype=torch.float64)
+    x0 = 0.3 + alpha * 0.25 / variance * (x - alpha * 0.3)
+    return Point(a, x, (x - alpha * x0) / math.sqrt(1 - a), x0)
+
+
+ORDERS = {"ddim": 1, "dpm++2m": 2, "dpm++3m": 2, "unipc": 2, "unipc3": 3, "deis": 3, "plms2": 2, "plms3": 3, "plms": 4}
+
+
+def local_error(sampler: str, h: float, corrected: bool) -> float:
+    """Of one step to lambda 0, from a past without error: uneven in lambda, or even in s = exp(-lambda) for plms."""
+    lams = [-math.log(1 + k * h) for k in range(6)] if "plms" in sampler else [-h * k for k in (0, 1, 1.8, 3.1, 4, 5.2)]
+    end, now, *past = map(exact_point, lams)
+    history = SAMPLERS[sampler].history
+    if corrected:
+        x = SAMPLERS[sampler].correct(end._replace(x=None), [now, *past][:history]).x
+    else:
+        x = SAMPLERS[sampler].step(now, past[:history], end.a)
+    return (x - end.x).abs().item()
+
+
+@pytest.mark.parametrize(
+    "sampler, order, corrected",
+    [*((name, order, False) for name, order in ORDERS.items()), ("unipc", 3, True), ("unipc3", 4, True)],
+)
+def test_a_step_has_the_order_of_its_method(sampler, order, corrected):
+    """Half the step: an error smaller by 2 ** (order + 1). A corrector adds an order to its predictor's. That of
+    DPM-Solver++(3M) is 2, as half of the quadratic term is missing."""
+    errors = [local_error(sampler, h, corrected) for h in (0.04, 0.02)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.3)
+
+
+class Mixture(Recorder):
+    """The exact eps of independent pixels, each N(-0.6, 0.2**2) or N(0.6, 0.2**2)."""
+
+    def forward_full(self, x, t, branch, context=None):
+        a = self.diffusion.alpha_bar(t.item())
+        x, alpha, variance = x.double(), math.sqrt(a), 0.04 * a + 1 - a
+        mean = 0.6 * torch.tanh(0.6 * alpha * x / variance)
+        x0 = mean + alpha * 0.04 / variance * (x - alpha * mean)
+        return ((x - alpha * x0) / math.sqrt(1 - a)).float(), x
+
+
+def test_multistep_samplers_converge_faster_than_ddim():
+    x_T = noise(4, 3, 16, 16)
+    limit = sample(Mixture(), x_T=x_T, sampler="unipc", spacing="logsnr", steps=1000)
+
+    def error(sampler, steps):
+        return relative(sample(Mixture(), x_T=x_T, sampler=sampler, spacing="rho7", plan=uncached(steps)), limit)
+
+    for sampler in [*ORDERS, "pndm"]:
+        if sampler != "ddim":
+            assert error(sampler, 80) < min(error(sampler, 40) / 2.8, error("ddim", 80) / 8), sampler
+
+
 def test_unclipped_fixed_small_ddpm_is_ddim_with_eta_one(unet):
     ddpm = sample(unet, [0, 1], sampler="ddpm", variance="fixed_small", clip_x0=False, steps=20)
     ddim = sample(unet, [0, 1], sampler="ddim", eta=1.0, steps=20)
