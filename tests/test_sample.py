@@ -127,11 +127,11 @@ def test_every_flag_does_what_it_says(net, tmp_path, flags, settings):
 
 
 def test_budget_takes_the_nearest_plan_unless_it_costs_much_more():
-    unet = load("tiny")
+    unet = load("tiny_cifar10")
     for budget, nearest in ((9, 10), (21, 20), (1e9, 50)):
         plan = recipe_within(parse(["--budget", str(budget)]), unet, fingerprint(unet)).plan
         assert 0.8 * nearest <= full_passes(unet, plan) <= nearest
-    with pytest.raises(ValueError, match=r"the cheapest plan .* costs 10.0 full passes: make one with .* --budget 5 "):
+    with pytest.raises(ValueError, match=r"the cheapest plan .* costs 9.4 full passes: make one with .* --budget 5 "):
         recipe_within(parse(["--budget", "5"]), unet, fingerprint(unet))
 
 
@@ -186,7 +186,7 @@ BAD = [
     (["--num", "0"], "--num"),
     (["--batch-size", "0"], "--batch-size"),
     (["--seed", "-3"], "--seed"),
-    (["--ckpt", "tinny"], "did you mean tiny?"),
+    (["--ckpt", "emojy"], "did you mean emoji?"),
     (["--ckpt", "no/such.pt"], "there is no file or folder no/such.pt"),
     (["--ckpt", "{dir}/truncated.pt"], "truncated"),
     (["--ckpt", "{dir}/pickle.pt"], "pickle.pt cannot be read as a checkpoint: it holds something else than tensors"),
@@ -372,5 +372,5 @@ def test_wrong_prompts(worded, tmp_path, flags, words):
 
 @pytest.mark.parametrize("flags", [["--prompt", "cat"], ["--guidance", "3"], ["--class", "3"]])
 def test_a_network_without_words_refuses_prompts(tmp_path, flags):
-    with pytest.raises(ValueError, match=f"{flags[0]}: tiny cannot be told what to draw"):
-        main(parse(["--ckpt", "tiny", *flags, "--out", str(tmp_path / "x.png")]))
+    with pytest.raises(ValueError, match=f"{flags[0]}: tiny_cifar10 cannot be told what to draw"):
+        main(parse(["--ckpt", "tiny_cifar10", *flags, "--out", str(tmp_path / "x.png")]))

@@ -46,8 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--ckpt",
-        default="tiny",
-        help="a checkpoint (a published one need not be on disk), or cifar10 or lsun_256 (default: tiny)",
+        default="emoji",
+        help="a checkpoint (a published one need not be on disk), or cifar10 or lsun_256 (default: emoji)",
     )
     add("--steps", type=int, default=100, help="(default: 100)")
     add("--interval", type=int, default=5, help="N of 1:N (default: 5)")
