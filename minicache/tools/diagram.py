@@ -1,6 +1,6 @@
 """A network as a picture, drawn from the live object: D_i on the way down, M, U_i on the way up, and what is cached.
 
-python -m minicache diagram --ckpt emoji --branch 3 --out idea.svg
+python -m minicache diagram --ckpt emoji --branch 1 --out idea.svg
 """
 
 from __future__ import annotations
@@ -141,6 +141,6 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache diagram", doc=__doc__)
     parser.add_argument("--ckpt", default="emoji", help="a checkpoint, or cifar10 or lsun_256 (default: emoji)")
-    parser.add_argument("--branch", type=int, default=3, help="pairs that stay alive (default: 3)")
+    parser.add_argument("--branch", type=int, default=1, help="pairs that stay alive (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("idea.svg"), help="(default: idea.svg)")
     return parser.parse_args(argv)
