@@ -16,7 +16,7 @@ from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
 from minicache.samplers import SAMPLERS, Point, Sampler, passes, predict_x0
 from minicache.solver import Solver
 
-STEPS = 100  # unless asked for others
+STEPS = 50  # unless asked for others
 Noise = Callable[[], Tensor] | None  # draws the next z [B, C, H, W], where the sampler needs one
 
 
