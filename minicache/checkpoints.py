@@ -55,7 +55,13 @@ REGISTRY = {name: Entry(**row) for name, row in json.loads((embedded_folder() / 
 # The networks of Ho et al.: CIFAR-10 (35.7M parameters), and CelebA-HQ and LSUN at 256x256 (113.7M).
 CIFAR10 = UNetConfig(image_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), dropout=0.1)
 LSUN_256 = UNetConfig(image_size=256, model_channels=128, channel_mult=(1, 1, 2, 2, 4, 4))
-PRESETS = {"cifar10": CIFAR10, "lsun_256": LSUN_256}  # all that is in REGISTRY has one of these shapes
+# Those of Rombach et al., for latents of 64x64: LDM-4-G for the classes of ImageNet at 256x256 (400.9M, and their
+# table, whose last row is the null class), and Stable Diffusion v1 for prompts at 512x512 (859.5M).
+LDM_IMAGENET = UNetConfig(64, 192, (1, 2, 3, 5), attention_resolutions=(32, 16, 8), context_dim=512, num_tokens=1001,
+                          null_token=1000, adm=True)  # fmt: skip
+SD_15 = UNetConfig(64, 320, (1, 2, 4, 4), attention_resolutions=(64, 32, 16), in_channels=4, out_channels=4,
+                   context_dim=768, heads=8, adm=True)  # fmt: skip
+PRESETS = {"cifar10": CIFAR10, "lsun_256": LSUN_256, "ldm_imagenet": LDM_IMAGENET, "sd15": SD_15}
 
 
 def locate(name_or_path: str | Path) -> Path:

@@ -44,7 +44,8 @@ def random_unet(config: UNetConfig = SMALL) -> UNet:
     with torch.device("meta"):
         unet = UNet(config)
     shapes = unet.state_dict()
-    state = {ours: official_weight(key, tuple(shapes[ours].shape)) for ours, key in PESSER.keys(unet).items()}
+    keys = {name: name for name in shapes} if config.context_dim else PESSER.keys(unet)
+    state = {ours: official_weight(key, tuple(shapes[ours].shape)) for ours, key in keys.items()}
     unet.load_state_dict(state, assign=True)
     unet.diffusion = Diffusion()
     return unet.eval()

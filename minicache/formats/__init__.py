@@ -23,6 +23,12 @@ from minicache.unet import UNet, UNetConfig
 
 __all__ = ["FAMILIES", "read", "weights_in"]
 
+PUBLISHED = {
+    "cifar10": Diffusion(),
+    "lsun_256": Diffusion(variance="fixed_small"),
+    "ldm_imagenet": Diffusion(1000, 0.0015, 0.0195, "fixed_small", "scaled_linear"),
+    "sd15": Diffusion(1000, 0.00085, 0.012, "fixed_small", "scaled_linear"),
+}
 FAMILIES = (DIFFUSERS, TENSORFLOW, PESSER)
 
 
@@ -70,12 +76,13 @@ def refuse_other_things(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def published_diffusion(config: UNetConfig | None) -> Diffusion | None:
-    """What Ho et al. trained the networks of PRESETS with; None for another config.
+    """What the networks of PRESETS were trained with; None for another config.
 
-    The variances: fixed_large for CIFAR-10, fixed_small with the published 256x256 weights.
+    The variances: fixed_large for CIFAR-10, fixed_small with the published 256x256 weights, and for latents.
     """
-    if config and any(replace(config, dropout=preset.dropout) == preset for preset in PRESETS.values()):
-        return Diffusion(variance="fixed_large" if config.image_size <= 32 else "fixed_small")
+    for name, preset in PRESETS.items():
+        if config and replace(config, dropout=preset.dropout) == preset:
+            return PUBLISHED[name]
     return None
 
 
