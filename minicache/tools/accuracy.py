@@ -34,8 +34,7 @@ from minicache.plan import uncached
 from minicache.recipe import Recipe, recipe_from_file
 from minicache.samplers import SAMPLERS
 from minicache.sampling import sample
-from minicache.tools import Parser, at_least, prepare_out
-from minicache.tools.evaluate import markdown
+from minicache.tools import Parser, at_least, markdown, prepare_out
 from minicache.words import Vocabulary
 
 STEPS = 50
