@@ -55,8 +55,13 @@ class _Peak(TorchDispatchMode):
 
 def pass_cost(unet: UNet, branch: int | None = None) -> PassCost:
     """Of a full pass (branch None), or of a partial pass with `branch` live pairs. unet: a UNet, or a UViT."""
-    tokens = unet.vocabulary.length if unet.vocabulary else 1 if unet.config.num_tokens else CLIP_TOKENS
-    return _count(UNet if isinstance(unet, UNet) else type(unet), unet.config, branch, tokens)  # not `Compiled`
+    kind = UNet if isinstance(unet, UNet) else type(unet)  # not `Compiled`
+    return _count(kind, unet.config, branch, context_length(unet))
+
+
+def context_length(unet: UNet) -> int:
+    """Tokens of a context."""
+    return unet.vocabulary.length if unet.vocabulary else 1 if unet.config.num_tokens else CLIP_TOKENS
 
 
 @cache
