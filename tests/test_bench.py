@@ -1,6 +1,7 @@
 """The benchmark's bookkeeping; its times are the machine's."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -68,19 +69,23 @@ def test_large_networks_are_timed_at_the_papers_branch():
     assert row["DeepCache, here"] == pytest.approx(50 * 5 / (10 * 5.5 + 40 * 1.5))
 
 
-@pytest.mark.parametrize("branch", (1, 2, 3))
-def test_the_same_network_takes_part_three_times(branch):
+LATENT = {"context_dim": 24, "adm": True, "attention_resolutions": (16, 8)}
+CLASSES = {"num_tokens": 5, "null_token": 4}
+
+
+@pytest.mark.parametrize("branch, fields", [(1, {}), (2, {}), (3, {}), (1, LATENT | CLASSES), (2, LATENT)])
+def test_the_same_network_takes_part_three_times(branch, fields):
     """diffusers' full pass is ours, and so is the partial pass of DeepCache's helper."""
     pytest.importorskip("diffusers")
-    unet = random_unet(UNetConfig(16, 32, (1, 2), 2, (8,)))
+    unet = random_unet(UNetConfig(**{**asdict(SMALL), "num_res_blocks": 2, **fields}))
     model = bench.diffusers_model(unet, choose_placement("cpu", "float32"))
     x, t, context = bench.inputs(unet, 2)
-    eps, cached_U = unet.forward_full(x, t, branch)
+    eps, cached_U = unet.forward_full(x, t, branch, context)
     assert relative(model(x, t, context).sample, eps) < 1e-5
     pytest.importorskip("DeepCache")
     twin = bench.helped(model, branch, [t, t - 1])
     assert relative(twin(x, t, context).sample, eps) < 1e-5
-    moved = unet.forward_partial(x + 0.1, t - 1, cached_U, branch)
+    moved = unet.forward_partial(x + 0.1, t - 1, cached_U, branch, context)
     assert relative(twin(x + 0.1, t - 1, context).sample, moved) < 1e-5
     assert relative(model(x + 0.1, t - 1, context).sample, moved) > 1e-3  # and is unlike the full pass
 
