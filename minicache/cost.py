@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from minicache.plan import CachePlan
-from minicache.unet import UNet
+from minicache.unet import UNet, UNetConfig
 
 CLIP_TOKENS = 77  # of a prompt where the words are CLIP's, as in Stable Diffusion
 
@@ -55,7 +55,7 @@ class _Peak(TorchDispatchMode):
 
 def pass_cost(unet: UNet, branch: int | None = None) -> PassCost:
     """Of a full pass (branch None), or of a partial pass with `branch` live pairs. unet: a UNet, or a UViT."""
-    kind = UNet if isinstance(unet, UNet) else type(unet)  # not `Compiled`
+    kind = UNet if isinstance(unet.config, UNetConfig) else type(unet)  # also what stands in for a UNet, as `Compiled`
     return _count(kind, unet.config, branch, context_length(unet))
 
 

@@ -90,7 +90,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """A table of rows, column -> cell; a column that a row lacks is empty there, and so is None."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = [names, ["---"] * len(names), *([row.get(name) for name in names] for row in rows)]
-    text = lambda cell: "" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)  # noqa: E731
+
+    def text(cell: Any) -> str:
+        if isinstance(cell, float):
+            return f"{cell:.4g}" if abs(cell) < 10_000 else f"{cell:.0f}"
+        return "" if cell is None else str(cell)
+
     return "".join(f"| {' | '.join(map(text, line))} |\n" for line in table)
 
 

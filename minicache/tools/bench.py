@@ -9,7 +9,7 @@ Times are milliseconds for one row of a batch; under guidance an image is two of
 the same dtype, but contiguous (so are we, with --memory-format contiguous). DeepCache is the helper that the paper's
 authors publish, around that network. Both are extras, pip install "minicache[bench]", and left out where they are not
 installed. Schedules are worked out from the passes, beside the speed-ups that the paper measured on a GPU; plans are
-run from noise to image.
+run from noise to image. MACs leave out attention's two products, as the papers do; Stable Diffusion's are many.
 """
 
 from __future__ import annotations
@@ -282,8 +282,9 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache bench", doc=__doc__)
     add = parser.add_argument
-    add("--arch", choices=PRESETS, default="cifar10", help="a network with random weights (default: cifar10)")
-    add("--ckpt", help="a checkpoint instead")
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--arch", choices=PRESETS, default="cifar10", help="a network with random weights (default: cifar10)")
+    which("--ckpt", help="a checkpoint instead")
     add("--batch", type=int, nargs="+", help="rows at a time (default: 1 16; of large networks 2)")
     add("--rounds", type=int, help="of passes; plans are run in 3 (default: 9; of large networks 3)")
     add("--steps", type=int, help="of whole plans; 0: none (default: 20; of large networks 0)")
