@@ -1,6 +1,6 @@
 """minicache: a minimal DDPM U-Net with DeepCache (arXiv 2312.00858), in pure PyTorch."""
 
-from minicache.checkpoints import CIFAR10, LSUN_256, load
+from minicache.checkpoints import CIFAR10, LDM_IMAGENET, LSUN_256, SD_15, load
 from minicache.diffusion import Diffusion
 from minicache.plan import CachePlan, PlanCache, nonuniform, uncached, uniform
 from minicache.recipe import Recipe
@@ -10,7 +10,9 @@ from minicache.unet import UNet, UNetConfig
 __version__ = "0.1.0"
 __all__ = [
     "CIFAR10",
+    "LDM_IMAGENET",
     "LSUN_256",
+    "SD_15",
     "CachePlan",
     "Diffusion",
     "PlanCache",

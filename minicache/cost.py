@@ -6,12 +6,14 @@ products are reported apart); activations are float32; a context has as many tok
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -52,17 +54,22 @@ class _Peak(TorchDispatchMode):
 
 
 def pass_cost(unet: UNet, branch: int | None = None) -> PassCost:
-    """Of a full pass (branch None), or of a partial pass with `branch` live pairs."""
-    tokens = unet.vocabulary.length if unet.vocabulary else 1 if unet.config.num_tokens else CLIP_TOKENS
-    return _count(unet.config, branch, tokens)
+    """Of a full pass (branch None), or of a partial pass with `branch` live pairs. unet: a UNet, or a UViT."""
+    kind = UNet if isinstance(unet.config, UNetConfig) else type(unet)  # also what stands in for a UNet, as `Compiled`
+    return _count(kind, unet.config, branch, context_length(unet))
+
+
+def context_length(unet: UNet) -> int:
+    """Tokens of a context."""
+    return unet.vocabulary.length if unet.vocabulary else 1 if unet.config.num_tokens else CLIP_TOKENS
 
 
 @cache
 @torch.no_grad()
-def _count(config: UNetConfig, branch: int | None, tokens: int) -> PassCost:
+def _count(kind: type[nn.Module], config: Any, branch: int | None, tokens: int) -> PassCost:
     size = config.image_size
     with torch.device("meta"):
-        unet = UNet(config).eval()
+        unet = kind(config).eval()
         x, t = torch.empty(1, config.in_channels, size, size), torch.zeros(1)
         context = torch.empty(1, tokens, config.context_dim) if config.context_dim else None
         cached_U = None if branch is None else torch.empty(1, *unet.cached_shape(branch, size, size))
@@ -111,9 +118,9 @@ def pass_seconds(unet: UNet, branch: int | None = None, batch: int = 16) -> floa
 def cache_bytes(unet: UNet, plan: CachePlan, guidance: float = 1.0) -> int:
     """Bytes of cached_U that the loop keeps for one image: one tensor, two when forecasting, none uncached; twice as
     many under guidance."""
-    channels, height, width = unet.cached_shape(plan.branch, unet.config.image_size, unet.config.image_size)
+    shape = unet.cached_shape(plan.branch, unet.config.image_size, unet.config.image_size)
     tensors = 0 if len(plan.refresh) == plan.steps else (1 + plan.forecasts) * (1 if guidance == 1 else 2)
-    return next(unet.parameters()).element_size() * channels * height * width * tensors
+    return next(unet.parameters()).element_size() * math.prod(shape) * tensors
 
 
 def weight_bytes(unet: UNet) -> int:

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 VARIANCES = ("fixed_large", "fixed_small")
+BETA_SCHEDULES = ("linear", "scaled_linear")
 SPACINGS = ("uniform", "quad", "trailing", "linspace", "offset", "logsnr")  # and rho0.5 to rho100
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """q(x_t | x_0) = N(sqrt(alphas_bar[t]) x_0, (1 - alphas_bar[t]) I), with betas linear in t."""
+    """q(x_t | x_0) = N(sqrt(alphas_bar[t]) x_0, (1 - alphas_bar[t]) I), with betas that grow with t."""
 
     num_timesteps: int = 1000  # T: t runs over 0..T-1, T-1 the noisiest
     beta_start: float = 1e-4
     beta_end: float = 0.02
     variance: str = "fixed_large"  # of ancestral sampling: beta (fixed_large) or the posterior's (fixed_small)
+    beta_schedule: str = "linear"  # in t the betas are linear, or their roots are (scaled_linear: latent diffusion)
 
     def __post_init__(self):
         if type(self.num_timesteps) is not int or not 1 <= self.num_timesteps <= 1000:
@@ -34,11 +36,15 @@ class Diffusion:
             raise ValueError(f"need 0 < beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}")
         if self.variance not in VARIANCES:
             raise ValueError(f"variance={self.variance!r} is none of {', '.join(VARIANCES)}")
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(f"beta_schedule={self.beta_schedule!r} is none of {', '.join(BETA_SCHEDULES)}")
 
     @cached_property
     def alphas_bar(self) -> Tensor:
         """[T] float64 on the CPU: the part of x_0's variance that is left in x_t."""
-        betas = torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
+        power = 2 if self.beta_schedule == "scaled_linear" else 1
+        ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
+        betas = torch.linspace(*ends, self.num_timesteps, dtype=torch.float64) ** power
         return torch.cumprod(1 - betas, dim=0)
 
     def alpha_bar(self, t: float) -> float:

@@ -14,26 +14,31 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+Time = float | Tensor  # a timestep, 0 to 999, whole or not: a number, or a tensor of one element (for all) or of B
+Context = Tensor | None  # ids [B, K], or tokens [B, K, context_dim]; None says nothing
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of the timestep: t [B] -> [B, dim], sines first, wavelengths from 2 pi to 10000 * 2 pi."""
+
+def timestep_embedding(t: Tensor, dim: int, adm: bool = False) -> Tensor:
+    """Sinusoids of t [B] -> [B, dim], wavelengths from 2 pi to 10000 * 2 pi, sines first, or ADM's cosines first."""
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - 1)))
+    steps = half if adm else half - 1  # ADM's wavelengths would reach 10000 * 2 pi with one more
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / steps))
     angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.cos(), angles.sin()] if adm else [angles.sin(), angles.cos()], dim=1)
 
 
 class TimeEmbedding(nn.Module):
     """t [B] -> [B, 4 * channels]."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, adm: bool):
         super().__init__()
-        self.channels = channels
+        self.channels, self.adm = channels, adm
         self.linear1 = nn.Linear(channels, 4 * channels)
         self.linear2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.linear2(F.silu(self.linear1(timestep_embedding(t, self.channels).to(self.linear1.weight.dtype))))
+        sinusoids = timestep_embedding(t, self.channels, self.adm).to(self.linear1.weight.dtype)
+        return self.linear2(F.silu(self.linear1(sinusoids)))
 
 
 class Attention(nn.Module):
@@ -59,7 +64,7 @@ class SelfAttention(Attention):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__(channels, channels, heads=1, bias=True)
-        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(config.groups, channels, eps=config.norm_eps)
 
     def forward(self, h: Tensor, context: Tensor | None) -> Tensor:
         pixels = rearrange(self.norm(h), "b c h w -> b (h w) c")  # [B, N, C]
@@ -72,7 +77,7 @@ class Transformer(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)  # in ADM's lineage, too
         self.proj_in = nn.Linear(channels, channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.attn1 = Attention(channels, channels, config.heads, bias=False)
@@ -97,10 +102,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig, attention: bool):
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=1e-6)
+        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.temb_proj = nn.Linear(4 * config.model_channels, c_out)
-        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=1e-6)
+        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
@@ -122,10 +127,10 @@ class ConvIn(nn.Conv2d):
 
 
 class Downsample(nn.Conv2d):
-    """Half the resolution, by stride 2; padded on the right and bottom only, as TensorFlow's SAME does."""
+    """Half the resolution, by stride 2; DDPM's is padded on the right and bottom only, as TensorFlow's SAME does."""
 
     def forward(self, h: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
-        return super().forward(F.pad(h, (0, 1, 0, 1)))
+        return super().forward(h if self.padding[0] else F.pad(h, (0, 1, 0, 1)))
 
 
 class UpBlock(nn.Module):
@@ -158,8 +163,9 @@ class UNetConfig:
     context_dim: int | None = None  # width of the context's tokens; None: an unconditional network
     heads: int = 1  # of a Transformer's attention
     num_tokens: int | None = None  # rows of a table that turns ids (words, or a class) into the context; None: no table
-    null_token: int = 0  # the id that says nothing; its row is zero unless a checkpoint says otherwise
+    null_token: int = 0  # the id that says nothing; its row is zero, or a checkpoint's, and has no gradient
     pooled_context: bool = False  # every ResBlock sees the sum of the context's tokens, too, through temb
+    adm: bool = False  # timestep embedding, Downsample's padding and norm_eps are ADM's, as in latent diffusion
 
     def __post_init__(self):
         for name in ("channel_mult", "attention_resolutions"):  # lists from JSON become tuples
@@ -169,10 +175,9 @@ class UNetConfig:
         if any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError(f"sizes, groups and heads must be positive whole numbers: {self}")
         sides = [self.image_size / 2**level for level in range(len(self.channel_mult))]
+        C, multiple = self.model_channels, math.lcm(2, self.groups, self.heads)
         for fine, rule in (
-            (self.model_channels % self.groups == 0, "model_channels must be a multiple of groups"),
-            (self.model_channels % self.heads == 0, "model_channels must be a multiple of heads"),
-            (self.model_channels in range(4, 10**6, 2), "model_channels must be even, and at least 4"),
+            (C >= 4 and C % multiple == 0, "model_channels must be a multiple of 2, groups and heads, and at least 4"),
             (sides[-1] % 1 == 0, "image_size must be even at every level but the last"),
             (set(self.attention_resolutions) <= set(sides), "attention_resolutions must be sides of levels"),
             (self.out_channels == self.in_channels, "out_channels must equal in_channels"),
@@ -183,6 +188,11 @@ class UNetConfig:
             if not fine:
                 raise ValueError(f"{rule}: {self}")
 
+    @property
+    def norm_eps(self) -> float:
+        """Of every GroupNorm, but for a Transformer's own."""
+        return 1e-5 if self.adm else 1e-6
+
 
 class UNet(nn.Module):
     """eps = unet(x, t, context): two flat lists and a middle.
@@ -190,49 +200,44 @@ class UNet(nn.Module):
     Each D_i emits one skip and U_i consumes it, so len(D) == len(U): 12 for CIFAR-10, 18 for LSUN_256. Branch b of
     DeepCache (its own numbering, Table 12) keeps the b outermost pairs alive, D[:b] and U[:b]; `cached_U`, the output
     of U[b] (of M, if b == len(D)), stands in for all that lies deeper. The network keeps no state between calls.
-    x: [B, in_channels, H, W] in [-1, 1] plus noise, H and W multiples of 2**(levels - 1). t: 0 to 999, whole or not, a
-    number or a tensor of one element (one row of temb for all) or of B. context: ids [B, K], or tokens [B, K,
-    context_dim]; None says nothing. Computes in the weights' dtype; eps has the shape and dtype of x.
+    x: [B, in_channels, H, W] in [-1, 1] plus noise, H and W multiples of 2**(levels - 1). Computes in the weights'
+    dtype; eps has the shape and dtype of x.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         self.diffusion = self.vocabulary = None  # what it was trained with: set by whoever loads or trains it
-        n = config.num_res_blocks
+        c, n = config.model_channels, config.num_res_blocks  # c: what D_i emits
         widths = [config.model_channels * mult for mult in config.channel_mult]
-        self.time = TimeEmbedding(config.model_channels)
+        self.time = TimeEmbedding(config.model_channels, config.adm)
         if config.num_tokens:
             self.tokens = nn.Embedding(config.num_tokens, config.context_dim, padding_idx=config.null_token)
         if config.pooled_context:
             self.pooled = nn.Linear(config.context_dim, 4 * config.model_channels)
         self.D, self.U = nn.ModuleList(), nn.ModuleList()
-        c = config.model_channels  # what D_i emits
         for level, width in enumerate(widths):
             attention = config.image_size // 2**level in config.attention_resolutions
             for j in range(n + 1):
                 if j > 0:
-                    D_i = ResBlock(c, width, config, attention)
-                    c = width
+                    D_i, c = ResBlock(c, width, config, attention), width
                 elif level > 0:
-                    D_i = Downsample(c, c, 3, stride=2)
+                    D_i = Downsample(c, c, 3, stride=2, padding=int(config.adm))
                 else:
                     D_i = ConvIn(config.in_channels, c, 3, padding=1)
                 c_below = widths[min(level + 1, len(widths) - 1)] if j == n else width
                 self.D.append(D_i)
                 self.U.append(UpBlock(c_below, c, width, config, attention, up=isinstance(D_i, Downsample)))
         self.M = nn.ModuleList([ResBlock(c, c, config, attention=True), ResBlock(c, c, config, attention=False)])
-        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, x: Tensor, t: float | Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Time, context: Context = None) -> Tensor:
         """eps(x, t), uncached."""
         return self.forward_full(x, t, 1, context)[0]
 
-    def forward_full(
-        self, x: Tensor, t: float | Tensor, branch: int = 3, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward_full(self, x: Tensor, t: Time, branch: int = 3, context: Context = None) -> tuple[Tensor, Tensor]:
         """The whole network: (eps, cached_U), cached_U [B, *cached_shape(branch, H, W)]."""
         h, temb, context = self._begin(x, t, branch, context)
         skips = []
@@ -248,9 +253,7 @@ class UNet(nn.Module):
             h = U_i(h, skips.pop(), temb, context)
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype), cached_U
 
-    def forward_partial(
-        self, x: Tensor, t: float | Tensor, cached_U: Tensor, branch: int = 3, context: Tensor | None = None
-    ) -> Tensor:
+    def forward_partial(self, x: Tensor, t: Time, cached_U: Tensor, branch: int = 3, context: Context = None) -> Tensor:
         """Only the `branch` outermost pairs, around cached_U from a full pass at an earlier, noisier step: eps."""
         h, temb, context = self._begin(x, t, branch, context, cached_U)
         skips = []
@@ -263,7 +266,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
 
     def _begin(self, x, t, branch, context, cached_U=None):
-        """x in the weights' dtype, temb and the context; or a ValueError that says which argument is wrong."""
+        """x, SiLU(temb) and the tokens, in the weights' dtype; or a ValueError that says which argument is wrong."""
         C, multiple, B = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1), x.shape[0]
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(f"x has shape {list(x.shape)}; need [B, {C}, H, W], H and W multiples of {multiple}")
@@ -275,21 +278,18 @@ class UNet(nn.Module):
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         if t.shape[0] not in (1, B):
             raise ValueError(f"t has {t.shape[0]} elements; need 1, or one for each of the {B} images")
-        temb, context = self.time(t), self._look_up(context, B, x.device)
-        if self.config.pooled_context:
-            temb = temb + self.pooled(context.sum(1))
-        return x.to(self.conv_out.weight.dtype), F.silu(temb), context  # every ResBlock begins with SiLU(temb)
-
-    def _look_up(self, context: Tensor | None, B: int, device: torch.device) -> Tensor | None:
-        """Ids -> tokens [B, K, context_dim]; None -> those of the null context, or None in an unconditional network."""
         if context is None and self.config.num_tokens:
-            context = torch.full((B, 1), self.config.null_token, device=device)
+            context = torch.full((B, 1), self.config.null_token, device=x.device)
         if self.config.num_tokens and not context.is_floating_point():
             context = self.tokens(context)
         given, width = None if context is None else list(context.shape), self.config.context_dim
         if (given and [given[0], len(given), given[-1]]) != (width and [B, 3, width]):
             raise ValueError(f"context is {given}; need {width and f'[{B}, K, {width}]'}, or ids if there is a table")
-        return None if context is None else context.to(self.conv_out.weight.dtype)
+        temb, dtype = self.time(t), self.conv_out.weight.dtype
+        context = None if context is None else context.to(dtype)
+        if self.config.pooled_context:
+            temb = temb + self.pooled(context.sum(1))
+        return x.to(dtype), F.silu(temb), context  # every ResBlock begins with SiLU(temb)
 
     def cached_shape(self, branch: int, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of cached_U for images of height x width."""

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from conftest import noise
@@ -11,6 +12,14 @@ def test_alphas_bar_are_those_of_ho_et_al():
     assert abar.dtype == torch.float64 and len(abar) == 1000
     for t, published in ((0, 0.9999), (1, 0.9997800921), (499, 0.0785872429), (999, 4.03582977e-5)):
         assert abar[t].item() == pytest.approx(published, rel=1e-8)
+
+
+def test_scaled_linear_betas_are_those_of_stable_diffusion():
+    """The roots of the betas are linear in t, not the betas."""
+    diffusion = Diffusion(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    assert np.allclose(diffusion.alphas_bar, np.cumprod(1 - betas), rtol=1e-12)
+    assert diffusion.alpha_bar(0) == pytest.approx(1 - 0.00085)
 
 
 def test_forward_process_and_back():

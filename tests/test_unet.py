@@ -1,12 +1,12 @@
 """The network says which argument is wrong, and takes images of other sizes than its own."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import SMALL, noise
+from conftest import SMALL, noise, random_unet
 
-from minicache import UNetConfig
+from minicache import LDM_IMAGENET, SD_15, UNet, UNetConfig
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,27 @@ def test_wrong_configs(change, words):
 def test_wrong_calls_of_the_network(unet, call, words):
     with pytest.raises(ValueError, match=words):
         call(unet, noise(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("config, parameters", [(LDM_IMAGENET, 400_920_579), (SD_15, 859_520_964)], ids=["ldm", "sd"])
+def test_latent_networks_have_the_published_sizes(config, parameters):
+    with torch.device("meta"):
+        unet = UNet(config)
+    table = sum(p.numel() for name, p in unet.named_parameters() if name.startswith("tokens."))
+    assert sum(p.numel() for p in unet.parameters()) - table == parameters
+    assert table == (512_512 if config.num_tokens else 0)
+
+
+def test_a_loaded_row_of_the_null_token_stays_as_it_is():
+    """Fresh, the null token says nothing; a trained one (the null class of LDM) is kept, and neither is trained on."""
+    config = replace(SMALL, context_dim=16, num_tokens=4, null_token=3, adm=True)
+    fresh, unet = UNet(config), random_unet(config)
+    assert not fresh.tokens.weight[3].any() and fresh.tokens.weight[2].any() and unet.tokens.weight[3].any()
+    x = noise(2, 3, 16, 16)
+    assert torch.equal(unet(x, 5), unet(x, 5, torch.tensor([[3], [3]])))
+    with torch.enable_grad():
+        unet(x, 5, torch.tensor([[2], [3]])).square().sum().backward()
+    assert unet.tokens.weight.grad[2].any() and not unet.tokens.weight.grad[3].any()
 
 
 def test_network_takes_other_sizes_than_its_own(unet):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minicache.checkpoints import PRESETS, agreed, build, refuse_idle
 from minicache.diffusion import Diffusion
+from minicache.formats.compvis import COMPVIS
 from minicache.formats.diffusers import DIFFUSERS, weights_in
 from minicache.formats.pesser import PESSER
 from minicache.formats.tensorflow import TENSORFLOW
@@ -23,7 +24,13 @@ from minicache.unet import UNet, UNetConfig
 
 __all__ = ["FAMILIES", "read", "weights_in"]
 
-FAMILIES = (DIFFUSERS, TENSORFLOW, PESSER)
+PUBLISHED = {
+    "cifar10": Diffusion(),
+    "lsun_256": Diffusion(variance="fixed_small"),
+    "ldm_imagenet": Diffusion(1000, 0.0015, 0.0195, "fixed_small", "scaled_linear"),
+    "sd15": Diffusion(1000, 0.00085, 0.012, "fixed_small", "scaled_linear"),
+}
+FAMILIES = (DIFFUSERS, COMPVIS, TENSORFLOW, PESSER)
 
 
 def read(
@@ -34,6 +41,7 @@ def read(
     image_size: int | None,
     groups: int | None,
     raw: bool,
+    dtype: torch.dtype,
 ) -> UNet:
     """The network in the content of a foreign file; the arguments are those of `checkpoints.read`."""
     family = next((family for family in FAMILIES if family.mine(content)), None)
@@ -57,7 +65,7 @@ def read(
         name = names.get(key, key)  # strangers are left for `build` to refuse
         conv = name in needed and needed[name].ndim == 2 and tensor.ndim == 4  # theirs is a 1x1 one, ours Linear
         state[name] = tensor.flatten(1) if conv else tensor
-    return build(path, config, diffusion, state, keys)
+    return build(path, config, diffusion, state, keys, dtype)
 
 
 def refuse_other_things(path: Path, content: Mapping[str, Any]) -> None:
@@ -70,13 +78,16 @@ def refuse_other_things(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def published_diffusion(config: UNetConfig | None) -> Diffusion | None:
-    """What Ho et al. trained the networks of PRESETS with; None for another config.
+    """What the networks of PRESETS were trained with; None for another config.
 
-    The variances: fixed_large for CIFAR-10, fixed_small with the published 256x256 weights.
+    The variances: fixed_large for CIFAR-10, fixed_small with the published 256x256 weights, and for latents.
     """
-    if config and any(replace(config, dropout=preset.dropout) == preset for preset in PRESETS.values()):
-        return Diffusion(variance="fixed_large" if config.image_size <= 32 else "fixed_small")
-    return None
+
+    def essence(config: UNetConfig) -> UNetConfig:
+        return replace(config, dropout=0.0, num_tokens=None, null_token=0)
+
+    alike = (name for name, preset in PRESETS.items() if config and essence(config) == essence(preset))
+    return PUBLISHED.get(next(alike, None))
 
 
 def refuse_to_guess(path: Path, config: UNetConfig | None, diffusion: Diffusion | None) -> None:

@@ -86,6 +86,19 @@ def at_least(args: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of rows, column -> cell; a column that a row lacks is empty there, and so is None."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = [names, ["---"] * len(names), *([row.get(name) for name in names] for row in rows)]
+
+    def text(cell: Any) -> str:
+        if isinstance(cell, float):
+            return f"{cell:.4g}" if abs(cell) < 10_000 else f"{cell:.0f}"
+        return "" if cell is None else str(cell)
+
+    return "".join(f"| {' | '.join(map(text, line))} |\n" for line in table)
+
+
 def prepare_out(out: Path, endings: tuple[str, ...]) -> None:
     """Make the folder of --out, or --out itself where it has no ending. ValueError where nothing can be written there.
 

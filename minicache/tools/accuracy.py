@@ -33,8 +33,7 @@ from minicache.placement import choose_placement, place
 from minicache.recipe import Recipe, recipe_from, recipe_from_file
 from minicache.samplers import SAMPLERS
 from minicache.sampling import STEPS, sample
-from minicache.tools import Parser, at_least, prepare_out
-from minicache.tools.evaluate import markdown
+from minicache.tools import Parser, at_least, markdown, prepare_out
 from minicache.words import Vocabulary
 
 SIGMA = 1.0

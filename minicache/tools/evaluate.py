@@ -49,7 +49,7 @@ from minicache.plan import CachePlan, nonuniform, uncached, uniform
 from minicache.recipe import Recipe, recipes_in
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
-from minicache.tools import Parser, at_least
+from minicache.tools import Parser, at_least, markdown
 from minicache.tools.classifier import classifier_features
 from minicache.unet import UNet
 
@@ -191,13 +191,6 @@ def measured(name: str, recipe: Recipe, unet: UNet, images: Tensor, reference: T
         "PSNR": near.mean().item(),
         "median PSNR": near.median().item(),
     }
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[0])
-    table = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
-    cells = ([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line] for line in table)
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title: str) -> None:
