@@ -40,9 +40,10 @@ from minicache.sampling import STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
 from minicache.tools import Parser, prepare_out, run
 from minicache.unet import UNet
-from minicache.words import Prompts
+from minicache.words import Prompts, prompts_for
 
 FLAGS = ("sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power", "forecast")
+ASKED = ("prompt", "prompts", "label", "negative", "guidance", "seed")
 FRAMES = 50  # of an animation, at most
 
 
@@ -62,7 +63,10 @@ def main(args: argparse.Namespace) -> None:
     placement = choose_placement(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
     unet = load(args.ckpt)
     weights = fingerprint(unet)  # before they change their dtype
-    prompts = prompts_for(args, unet)
+    asked = {name: getattr(args, name) for name in ASKED}
+    if args.plan and unet.config.context_dim:
+        asked["guidance"] = recipe.guidance
+    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     recipe = recipe or recipe_within(args, unet, weights, prompts.guidance)
     recipe = recipe if args.plan else replace(recipe, guidance=prompts.guidance)
     recipe = recipe if args.clip is None else replace(recipe, clip_x0=args.clip)
@@ -79,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
     made_with = {"weights": weights, **asdict(recipe), "seed": args.seed, "num": args.num,
                  "prompts": prompts.texts, "batch_size": args.batch_size, "torch": torch.__version__,
                  "placement": str(replace(placement, device=torch.device(placement.device.type)))}  # fmt: skip
+    made_with |= {} if args.negative is None else {"negative": args.negative}  # older sets have no such entry
     fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings)
 
 
@@ -96,39 +101,6 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe | None:
         name = "plan" if args.plan else next(iter(flags))
         raise ValueError(f"--{name} contradicts --budget, which chooses the sampler and the plan")
     return None
-
-
-def prompts_for(args: argparse.Namespace, unet: UNet) -> Prompts:
-    """What the flags ask for, else the network's own examples; ValueError for what it does not understand."""
-    asked = {name: getattr(args, name) for name in ("prompt", "prompts", "label", "guidance")}
-    if unet.config.context_dim is None:
-        for name, value in asked.items():
-            if value is not None:
-                raise ValueError(f"--{name.replace('label', 'class')}: {args.ckpt} cannot be told what to draw")
-        return Prompts([])
-    if unet.vocabulary is None:
-        if unet.config.num_tokens is None:
-            raise ValueError(f"{args.ckpt} takes a context of tokens, which Python alone can give it")
-        if args.prompt or args.prompts or not args.label:
-            raise ValueError(f"{args.ckpt} knows classes, not words: say which with --class")
-        if not all(0 <= label < unet.config.num_tokens for label in args.label):
-            raise ValueError(f"--class {args.label}: the classes are 0..{unet.config.num_tokens - 1}")
-        texts, ids = [f"class {label}" for label in args.label], torch.tensor(args.label)[:, None]
-        return Prompts(texts, ids, args.seed, 1.0 if args.guidance is None else args.guidance)
-    if args.label:
-        raise ValueError(f"--class: {args.ckpt} knows words, not classes: use --prompt")
-    texts = list(args.prompt or ())
-    if args.prompts:
-        texts += [line for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-        if not texts:
-            raise ValueError(f"--prompts {args.prompts} holds no prompt")
-    texts = texts or list(unet.vocabulary.examples)
-    if not texts:
-        if args.guidance is not None:
-            raise ValueError("--guidance needs a --prompt")
-        return Prompts([])
-    guidance = unet.vocabulary.guidance if args.guidance is None else args.guidance
-    return Prompts(texts, unet.vocabulary.encode(*texts), args.seed, guidance)
 
 
 def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: float = 1.0) -> Recipe:
@@ -251,6 +223,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what to draw").add_argument
     add("--prompt", action="append", help="may stand several times: picture i shows prompt i modulo their number")
     add("--prompts", metavar="FILE", help="a prompt a line")
+    add("--negative", metavar="PROMPT", help="what guidance leads away from; default: from no prompt")
     add("--class", dest="label", type=int, action="append", metavar="N", help="for networks of classes; like --prompt")
     add(
         "--guidance", type=float, help="how strictly to follow it, 0 to 100; 1 is none; default: what suits the network"
