@@ -147,7 +147,7 @@ def show(
             seeds[: args.batch_size],
             args.batch_size,
             prompts,
-            {**settings, "plan": CachePlan(2, plan.branch, (0,))},
+            {**settings, "plan": CachePlan(3, plan.branch, (0,))},
         )
     frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, film)
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 VARIANCES = ("fixed_large", "fixed_small")
 BETA_SCHEDULES = ("linear", "scaled_linear")
-SPACINGS = ("uniform", "quad", "trailing", "linspace")
+SPACINGS = ("uniform", "quad", "trailing", "linspace", "offset")
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,30 @@ class Diffusion:
         signal, noise = (square.sqrt().to(x.dtype).to(x.device)[t].reshape(-1, 1, 1, 1) for square in squares)
         return signal, noise
 
+    def timesteps(self, steps: int, spacing: str = "uniform", start: int | None = None) -> list[float]:
+        """The timesteps that `steps` steps visit, noisiest first.
 
-def timesteps(steps: int, spacing: str = "uniform", num_timesteps: int = 1000) -> list[float]:
-    """The timesteps that `steps` steps visit, noisiest first; ValueError where they would begin at t = 0."""
-    S, T = steps, num_timesteps
-    if not 1 <= S <= T:
-        raise ValueError(f"steps={S} is not in 1..{T}, the timesteps of this diffusion")
-    if spacing == "uniform":  # DDIM's: range(0, T, T // S) where S divides T
-        ts = [i * T // S for i in range(S)]
-    elif spacing == "quad":  # DDIM's for CIFAR-10: repeats some, begins at 0.8 T
-        ts = [int(root**2) for root in np.linspace(0, (0.8 * T) ** 0.5, S)]
-    elif spacing == "trailing":
-        ts = [round((i + 1) * T / S) - 1 for i in range(S)]
-    elif spacing == "linspace":
-        ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
-    else:
-        raise ValueError(f"spacing={spacing!r} is none of {', '.join(SPACINGS)}")
-    if ts[-1] == 0:
-        raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = 0, where no noise is left to remove")
-    return ts[::-1]
+        start: only those below start; the first is then start - 1. ValueError where it is another, or t = 0, or where
+        there are not so many.
+        """
+        S, T = steps, start or self.num_timesteps
+        if not 1 <= S <= T:
+            raise ValueError(f"steps={S} is not in 1..{T}, the timesteps of this diffusion")
+        if spacing == "uniform":  # DDIM's: range(0, T, T // S) where S divides T
+            ts = [i * T // S for i in range(S)]
+        elif spacing == "quad":  # DDIM's for CIFAR-10: repeats some, begins at 0.8 T
+            ts = [int(root**2) for root in np.linspace(0, (0.8 * T) ** 0.5, S)]
+        elif spacing == "trailing":
+            ts = [round((i + 1) * T / S) - 1 for i in range(S)]
+        elif spacing == "linspace":
+            ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
+        elif spacing == "offset":  # latent diffusion's: uniform's, one later, for a last step that ends at t = 0
+            ts = [i * (T // S) + 1 for i in range(S)]
+        else:
+            raise ValueError(f"spacing={spacing!r} is none of {', '.join(SPACINGS)}")
+        if not 0 < ts[-1] < T:
+            why = "where no noise is left" if ts[-1] == 0 else f"after the last one, {T - 1}"
+            raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = {ts[-1]}, {why}")
+        if start is not None and ts[-1] != start - 1:
+            raise ValueError(f"spacing={spacing!r} does not begin at start - 1, where the noised images are")
+        return ts[::-1]

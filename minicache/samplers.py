@@ -76,6 +76,20 @@ def plms_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
     return ddim_step(now._replace(eps=eps, x0=predict_x0(now.x, eps, now.a, now.clip)), past, a_next)
 
 
+def pndm_step(now: Point, past: Sequence[Point], a_next: float) -> Tensor:
+    """PLMS as Stable Diffusion has it, its first step taken twice: from the start of Euler's once more, along the mean
+    direction of both ends. Adams and Bashforth then go on with the end's eps where the second try has led to.
+
+    (Latent diffusion's plms.py; diffusers' PNDMScheduler without Runge-Kutta steps.)
+    """
+    if a_next == now.a:
+        start, eps = past[0], (now.eps + past[0].eps) / 2
+        return ddim_step(start._replace(eps=eps, x0=predict_x0(start.x, eps, start.a, start.clip)), (), now.a)
+    latest = {point.a: point for point in (*reversed(past), now)}  # at each a the later of two
+    now, *past = reversed(latest.values())
+    return plms_step(now, past, a_next)
+
+
 def adams_bashforth(slopes: Sequence[Tensor]) -> Tensor:
     """The mean slope over the next step, from up to four slopes at equal distances, the latest first."""
     weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -97,6 +111,7 @@ class Sampler:
     spacing: str = "uniform"  # unless asked for another
     clip_x0: bool = False  # unless asked otherwise
     correct: Callable[[Point, Sequence[Point]], Point] | None = None  # (now, past) -> a better now (UniPC)
+    twice: bool = False  # takes its first step twice, at the cost of one pass more than there are timesteps
 
 
 SAMPLERS = {
@@ -104,4 +119,10 @@ SAMPLERS = {
     "ddpm": Sampler(ddpm_step, noise="variance", clip_x0=True),
     "dpm++2m": Sampler(dpmpp_2m_step, history=1, spacing="trailing"),
     "plms": Sampler(plms_step, history=3, spacing="linspace"),
+    "pndm": Sampler(pndm_step, history=4, spacing="offset", twice=True),
 }
+
+
+def passes(steps: int, sampler: str) -> int:
+    """How many steps a plan for so many timesteps has."""
+    return steps + (sampler in SAMPLERS and SAMPLERS[sampler].twice)

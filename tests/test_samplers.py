@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, Recorder, noise, random_unet, relative
 
-from minicache import CachePlan, Diffusion, denoise, sample, uniform
-from minicache.diffusion import timesteps
+from minicache import CachePlan, Diffusion, denoise, sample, uncached, uniform
 from minicache.samplers import (
     SAMPLERS,
     Point,
@@ -17,6 +16,7 @@ from minicache.samplers import (
     ddim_step,
     ddpm_step,
     dpmpp_2m_step,
+    passes,
     predict_x0,
 )
 
@@ -33,14 +33,16 @@ ALPHAS_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
         ("uniform", 1000, list(range(999, -1, -1))),
         ("trailing", 1, [999]),
         ("uniform", 2, [500, 0]),
+        ("offset", 5, [801, 601, 401, 201, 1]),
+        ("offset", 999, list(range(999, 0, -1))),
     ],
 )
 def test_spacings(spacing, steps, expected):
-    assert timesteps(steps, spacing) == expected
+    assert Diffusion().timesteps(steps, spacing) == expected
 
 
 def test_quad_spacing_begins_at_800_and_repeats():
-    ts = timesteps(100, "quad")
+    ts = Diffusion().timesteps(100, "quad")
     assert len(ts) == 100 and ts[:3] == [800, 783, 768]
     assert ts[::-1][:10] == [0, 0, 0, 0, 1, 2, 2, 3, 5, 6]
     assert len(set(ts)) == 96
@@ -49,7 +51,20 @@ def test_quad_spacing_begins_at_800_and_repeats():
 @pytest.mark.parametrize("spacing, steps", [("uniform", 1), ("quad", 1), ("linspace", 1)])
 def test_spacing_that_would_begin_at_zero_is_refused(spacing, steps):
     with pytest.raises(ValueError, match="t = 0"):
-        timesteps(steps, spacing)
+        Diffusion().timesteps(steps, spacing)
+
+
+def test_offset_needs_room_for_its_one():
+    with pytest.raises(ValueError, match="would begin at t = 1000, after the last one, 999"):
+        Diffusion().timesteps(1000, "offset")
+
+
+def test_offset_ends_at_the_noise_of_t_0(unet):
+    """x_0 = sqrt(a) x_0 + sqrt(1 - a) eps with a of t = 0, where other spacings end without noise."""
+    last = list(denoise(unet, [0], steps=5, spacing="offset"))[-1]
+    a = ALPHAS_BAR[0]
+    assert relative(last.x, math.sqrt(a) * last.x0 + math.sqrt(1 - a) * last.eps) < 1e-6
+    assert relative(last.x, last.x0) > 1e-4
 
 
 def coefficients(t: int, t_next: int) -> tuple[float, float]:
@@ -139,9 +154,9 @@ def test_variances_differ_and_clipping_clips(unet):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_steps_of_zero_length_change_nothing(unet, sampler):
     before = None
-    for step in denoise(unet, [0], sampler=sampler, steps=100, spacing="quad", plan=uniform(100, 20, branch=1)):
-        following = timesteps(100, "quad")[step.i + 1] if step.i < 99 else -1
-        if step.t == following:
+    ts, twice = [*Diffusion().timesteps(100, "quad"), -1], SAMPLERS[sampler].twice
+    for step in denoise(unet, [0], sampler=sampler, spacing="quad", plan=uniform(passes(100, sampler), 20, branch=1)):
+        if step.i > twice and step.t == ts[step.i - twice + 1]:
             assert torch.equal(step.x, before)
         before = step.x
     assert torch.isfinite(before).all()
@@ -153,13 +168,14 @@ def test_samplers_land_on_the_image_that_a_perfect_network_sees(unet, sampler):
 
     class Oracle(type(unet)):
         def forward_full(self, x, t, branch=3, context=None):
-            a = torch.tensor(ALPHAS_BAR[t.item()])
+            a = torch.tensor(Diffusion().alpha_bar(t.item()))
             return ((x - a.sqrt() * image) / (1 - a).sqrt()).float(), x
 
     image = noise(1, 3, 16, 16, seed=5).clamp(-1, 1)
     oracle = Oracle(unet.config)
     oracle.diffusion = Diffusion()
-    assert torch.allclose(sample(oracle, [0], sampler=sampler, steps=10), image, atol=2e-3)
+    settings = {"spacing": "uniform"} if SAMPLERS[sampler].spacing == "offset" else {}  # which ends with some noise
+    assert torch.allclose(sample(oracle, [0], sampler=sampler, steps=10, **settings), image, atol=2e-3)
 
 
 class Wave(Recorder):
@@ -198,7 +214,7 @@ def reference(sampler: str, x: np.ndarray, ts: list[int]) -> np.ndarray:
 def test_multistep_loops(sampler):
     x_T = noise(1, 3, 16, 16, seed=2)
     got = sample(Wave(), x_T=x_T, sampler=sampler, steps=12, spacing="uniform")
-    expected = reference(sampler, x_T.double().numpy(), timesteps(12))
+    expected = reference(sampler, x_T.double().numpy(), Diffusion().timesteps(12))
     assert relative(got, expected) < 1e-5
     assert relative(sample(Wave(), x_T=x_T, steps=12), expected) > 1e-2  # and not DDIM
 
@@ -285,11 +301,26 @@ def test_wrong_use_is_refused(unet, settings, words):
 
 def test_each_sampler_has_its_own_spacing_and_clipping(unet):
     first = {name: next(iter(denoise(unet, [0], sampler=name, steps=10))).t for name in SAMPLERS}
-    assert first == {"ddim": 900, "ddpm": 900, "dpm++2m": 999, "plms": 999}
+    assert first == {"ddim": 900, "ddpm": 900, "dpm++2m": 999, "plms": 999, "pndm": 901}
     assert torch.equal(
         sample(unet, [0], sampler="dpm++2m", steps=5), sample(unet, [0], sampler="dpm++2m", steps=5, spacing="trailing")
     )
     assert {name for name, sampler in SAMPLERS.items() if sampler.clip_x0} == {"ddpm"}
+
+
+def test_pndm_takes_its_first_step_twice(unet):
+    """So its plan has one step more than there are timesteps, and the second of each is visited twice."""
+    steps = list(denoise(unet, [0], sampler="pndm", steps=5))
+    assert [step.t for step in steps] == [801, 601, 601, 401, 201, 1]
+    assert torch.equal(sample(unet, [0], sampler="pndm", plan=uncached(6), steps=5), steps[-1].x)
+    a, b = (Diffusion().alpha_bar(t) for t in (801, 601))
+    eps = (steps[0].eps + steps[1].eps) / 2
+    again = math.sqrt(b) * predict_x0(noise(1, 3, 16, 16), eps, a) + math.sqrt(1 - b) * eps
+    assert relative(steps[1].x, again) < 1e-5
+    with pytest.raises(ValueError, match="contradicts the plan, which has 5"):
+        sample(unet, [0], sampler="pndm", plan=uncached(6), steps=6)
+    with pytest.raises(ValueError, match="needs 2 timesteps or more"):
+        sample(unet, [0], sampler="pndm", steps=1)
 
 
 def test_a_network_that_does_not_say_how_it_was_trained_is_refused():
