@@ -18,19 +18,23 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minicache import CachePlan, Recipe, denoise, load, sample, uncached
-from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint
+from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint, locate
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import SPACINGS, VARIANCES
 from minicache.images import beside, enlargement, grid, labelled, save_gif, save_png, to_tensor, to_uint8
+from minicache.latents import decode, load_first_stage, load_words, suits
 from minicache.metrics import psnr
 from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose_placement, place
 from minicache.plan import FORECASTS
@@ -45,6 +49,7 @@ from minicache.words import Prompts, prompts_for
 FLAGS = ("sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power", "forecast")
 ASKED = ("prompt", "prompts", "label", "negative", "guidance", "seed")
 FRAMES = 50  # of an animation, at most
+Finish = Callable[[Tensor], np.ndarray]  # what sampling leaves behind -> uint8 [B, H, W, C]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -61,12 +66,19 @@ def main(args: argparse.Namespace) -> None:
     if world > 1 and one_picture:
         raise ValueError(f"--out {out}: {world} processes share the work of an .npz or a folder, not of one picture")
     placement = choose_placement(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
-    unet = load(args.ckpt)
+    path = locate(args.ckpt)
+    unet = load(path)
     weights = fingerprint(unet)  # before they change their dtype
+    words, finish = unet.vocabulary, to_uint8
+    if unet.config.adm:  # it draws in latents
+        recipe = recipe if args.plan or args.budget else chosen_recipe(args, suits(unet.config, args.sampler))
+        first_stage = load_first_stage(path, unet.config).to(placement.device)
+        words = None if unet.config.num_tokens else load_words(path)
+        finish = lambda x: to_uint8(decode(x, first_stage))  # noqa: E731
     asked = {name: getattr(args, name) for name in ASKED}
     if args.plan and unet.config.context_dim:
         asked["guidance"] = recipe.guidance
-    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
+    prompts = prompts_for(args.ckpt, unet, words, **asked)
     recipe = recipe or recipe_within(args, unet, weights, prompts.guidance)
     recipe = recipe if args.plan else replace(recipe, guidance=prompts.guidance)
     recipe = recipe if args.clip is None else replace(recipe, clip_x0=args.clip)
@@ -78,23 +90,23 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         describe(args, unet, settings, placement)
     if one_picture:
-        show(args, unet, seeds, prompts, settings, out)
+        show(args, unet, seeds, prompts, settings, finish, out)
         return
     made_with = {"weights": weights, **asdict(recipe), "seed": args.seed, "num": args.num,
                  "prompts": prompts.texts, "batch_size": args.batch_size, "torch": torch.__version__,
                  "placement": str(replace(placement, device=torch.device(placement.device.type)))}  # fmt: skip
     made_with |= {} if args.negative is None else {"negative": args.negative}  # older sets have no such entry
-    fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings)
+    fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings, finish)
 
 
-def chosen_recipe(args: argparse.Namespace) -> Recipe | None:
-    """What the flags or the --plan file say; None for --budget, which needs the network."""
+def chosen_recipe(args: argparse.Namespace, suited: Mapping[str, Any] = MappingProxyType({})) -> Recipe | None:
+    """What the flags (else what is suited) or the --plan file say; None for --budget, which needs the network."""
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.budget is None and args.plan:
         fixed = {"guidance": args.guidance, "clip_x0": args.clip}
         return recipe_from_file(args.plan, **flags, **{k: v for k, v in fixed.items() if v is not None})
     if args.budget is None:
-        return recipe_from(**flags)
+        return recipe_from(**{**suited, **flags})
     if not 0 < args.budget < math.inf:
         raise ValueError(f"--budget {args.budget:g} must be positive and finite")
     if args.plan or flags:
@@ -137,24 +149,26 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
 
 
 def show(
-    args: argparse.Namespace, unet: UNet, seeds: range, prompts: Prompts, settings: dict[str, Any], out: Path
+    args: argparse.Namespace,
+    unet: UNet,
+    seeds: range,
+    prompts: Prompts,
+    settings: dict[str, Any],
+    finish: Finish,
+    out: Path,
 ) -> None:
     """Save a grid or an animation, a prompt under each picture; with --compare, the uncached one on its left."""
     plan, film = settings["plan"], out.suffix == ".gif"
     if args.compare:  # the first pass of each kind prepares kernels, and is not what should be compared
-        draw(
-            unet,
-            seeds[: args.batch_size],
-            args.batch_size,
-            prompts,
-            {**settings, "plan": CachePlan(3, plan.branch, (0,))},
-        )
-    frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, film)
+        warm_up = {**settings, "plan": CachePlan(3, plan.branch, (0,))}
+        draw(unet, seeds[: args.batch_size], args.batch_size, prompts, warm_up, finish)
+    frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, finish, film)
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
-    scale, labels = enlargement(unet.config.image_size), prompts.labels(seeds)
+    scale, labels = enlargement(frames[0].shape[1]), prompts.labels(seeds)
     sheets = [sheet_of(frame, labels, scale) for frame in frames]
     if args.compare:
-        others, longer = draw(unet, seeds, args.batch_size, prompts, {**settings, "plan": uncached(plan.steps)}, film)
+        whole = {**settings, "plan": uncached(plan.steps)}
+        others, longer = draw(unet, seeds, args.batch_size, prompts, whole, finish, film)
         macs = f"{plan.steps / full_passes(unet, plan):.2f}x by MACs"
         print(f"uncached: {longer:.1f} s; measured speed-up {longer / seconds:.2f}x ({macs})")
         print(difference(frames[-1], others[-1]))
@@ -178,10 +192,10 @@ def sheet_of(images: np.ndarray, labels: list[str], scale: int) -> np.ndarray:
     return labelled(images, labels, scale=scale) if labels else grid(images)
 
 
-def fill_set(images: ImageSet, unet: UNet, prompts: Prompts, settings: dict[str, Any]) -> None:
+def fill_set(images: ImageSet, unet: UNet, prompts: Prompts, settings: dict[str, Any], finish: Finish) -> None:
     """Draw what is missing of a folder or an .npz: what an earlier run of the same line has drawn is kept."""
     began = time.perf_counter()
-    drawn = fill(images, lambda shard: draw(unet, shard, len(shard), prompts, settings)[0][-1])
+    drawn = fill(images, lambda shard: draw(unet, shard, len(shard), prompts, settings, finish)[0][-1])
     seconds, seeds, (rank, world) = time.perf_counter() - began, images.seeds, rank_and_world()
     if rank == 0:
         share = f" by the first of {world} processes" if world > 1 else ""
@@ -192,7 +206,13 @@ def fill_set(images: ImageSet, unet: UNet, prompts: Prompts, settings: dict[str,
 
 
 def draw(
-    unet: UNet, seeds: range, batch_size: int, prompts: Prompts, settings: dict[str, Any], film: bool = False
+    unet: UNet,
+    seeds: range,
+    batch_size: int,
+    prompts: Prompts,
+    settings: dict[str, Any],
+    finish: Finish,
+    film: bool = False,
 ) -> tuple[list[np.ndarray], float]:
     """Pictures uint8 [num, H, W, C] in a list (film: of FRAMES states or fewer, the finished ones last); seconds."""
     began = time.perf_counter()
@@ -201,13 +221,13 @@ def draw(
         shown = range(steps - 1, -1, -math.ceil(steps / FRAMES))
         batches = [seeds[k : k + batch_size] for k in range(0, len(seeds), batch_size)]
         films = [
-            [to_uint8(step.x) for step in denoise(unet, b, **prompts.context(b), **settings) if step.i in shown]
+            [finish(step.x) for step in denoise(unet, b, **prompts.context(b), **settings) if step.i in shown]
             for b in batches
         ]
         frames = [np.concatenate(parts) for parts in zip(*films)]
     else:
         settings = {**settings, **prompts.context(seeds)}
-        frames = [to_uint8(sample(unet, seeds, batch_size=batch_size, progress=True, **settings))]
+        frames = [finish(sample(unet, seeds, batch_size=batch_size, progress=True, **settings))]
     return frames, time.perf_counter() - began
 
 

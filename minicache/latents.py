@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minicache.checkpoints import read_file
+from minicache.samplers import SAMPLERS
 from minicache.unet import UNetConfig
 
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -42,6 +43,13 @@ class ClipWords:
                 raise ValueError(f"{prompt!r} has {len(ids) - 2} tokens; at most {length - 2} are taken")
         padded = self.tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
         return self.model(padded.input_ids)[0]
+
+
+def suits(config: UNetConfig, sampler: str | None = None) -> dict[str, Any]:
+    """Fields of `Settings` that suit a latent network, with this sampler or the one its authors draw with."""
+    sampler = sampler or ("ddim" if config.num_tokens else "pndm")
+    leading = SAMPLERS[sampler].spacing == "uniform"  # which ends where no noise is left; theirs ends one step before
+    return {"sampler": sampler, "spacing": "offset" if leading else None, "clip_x0": False}
 
 
 @torch.no_grad()

@@ -60,6 +60,9 @@ class Vocabulary:
         return ids
 
 
+CLASS_GUIDANCE = 1.5  # that suits LDM-4-G, unless another is asked for
+
+
 class Prompts(NamedTuple):
     """What is to be drawn: the picture of seed `first + i` shows prompt i modulo their number. No rows: no context."""
 
@@ -110,7 +113,7 @@ def prompts_for(
             raise ValueError(f"{name} knows classes, not words: say which with --class")
         if not all(0 <= each < unet.config.num_tokens for each in label):
             raise ValueError(f"--class {label}: the classes are 0..{unet.config.num_tokens - 1}")
-        ids, guidance = torch.tensor(label)[:, None], 1.0 if guidance is None else guidance
+        ids, guidance = torch.tensor(label)[:, None], CLASS_GUIDANCE if guidance is None else guidance
         return Prompts([f"class {each}" for each in label], ids, seed, guidance)
     if label:
         raise ValueError(f"--class: {name} knows words, not classes: use --prompt")
@@ -119,8 +122,11 @@ def prompts_for(
         if flag:
             raise ValueError(f"--{flag} needs a --prompt")
         return Prompts([])
+    guidance = words.guidance if guidance is None else guidance
+    if negative is None and unet.config.num_tokens is None and guidance != 1:
+        negative = ""  # there is no null token, but an empty prompt
     away = None if negative is None else words.encode(negative)
-    return Prompts(texts, words.encode(*texts), seed, words.guidance if guidance is None else guidance, away)
+    return Prompts(texts, words.encode(*texts), seed, guidance, away)
 
 
 def lines_of(path: str | Path) -> list[str]:
