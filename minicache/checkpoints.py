@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import io
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -101,7 +101,7 @@ def load(
     "auto". Raises ValueError, or ConnectionError where a download fails.
     """
     placement = choose_placement(device, dtype, memory_format, compile)
-    return place(read(locate(name_or_path), config, diffusion), placement)
+    return place(read(locate(name_or_path), config, diffusion, dtype=placement.dtype), placement)
 
 
 def read(
@@ -112,11 +112,13 @@ def read(
     image_size: int | None = None,
     groups: int | None = None,
     raw: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> UNet:
-    """The network in a file or folder, of our format or of any in `formats`: float32, on the CPU, in eval mode.
+    """The network in a file or folder, of our format or of any in `formats`: on the CPU, in eval mode.
 
     A bare state dict tells neither its image_size and groups nor its diffusion; a caller must (image_size and groups
     alone, or the whole config) unless its shapes are those of PRESETS. raw: not the averages, where both are stored.
+    dtype: of the weights; each is converted by itself, and so memory never holds them twice.
     ValueError says what is wrong with the file, what it does not tell, and what was said that it leaves no room for.
     """
     from minicache import formats  # here and not above, as formats is built on this module
@@ -126,8 +128,8 @@ def read(
     content = read_file(path)
     if "config" in content and "state_dict" in content:
         refuse_idle(path, image_size=image_size, groups=groups, raw=raw or None)
-        return read_own(path, content, config, diffusion)
-    return formats.read(path, content, config, diffusion, image_size, groups, raw)
+        return read_own(path, content, config, diffusion, dtype)
+    return formats.read(path, content, config, diffusion, image_size, groups, raw, dtype)
 
 
 def shape_of(name_or_path: str | Path) -> UNet:
@@ -140,14 +142,17 @@ def shape_of(name_or_path: str | Path) -> UNet:
         return UNet(config)
 
 
-def read_own(path: Path, content: Mapping[str, Any], config: UNetConfig | None, diffusion: Diffusion | None) -> UNet:
+def read_own(
+    path: Path, content: Mapping[str, Any], config: UNetConfig | None, diffusion: Diffusion | None, dtype: torch.dtype
+) -> UNet:
     """The network in the content of a file of our own format, which `save` wrote."""
     try:
         own, its = UNetConfig(**content["config"]), Diffusion(**content["diffusion"])
         vocabulary = Vocabulary(**content["vocabulary"]) if "vocabulary" in content else None
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this version of minicache: {error}") from None
-    unet = build(path, agreed(path, own, config), agreed(path, its, diffusion), content["state_dict"])
+    config, diffusion = agreed(path, own, config), agreed(path, its, diffusion)
+    unet = build(path, config, diffusion, content["state_dict"], dtype=dtype)
     unet.vocabulary = vocabulary
     return unet
 
@@ -176,7 +181,8 @@ def read_file(path: Path) -> dict[str, Any]:
         elif path.suffix == ".safetensors":
             content = _read_safetensors(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # read where it is needed; torch < 1.6 wrote files that cannot be
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (ImportError, MemoryError) as error:
         raise ValueError(f"{path}: {error}") from None
     except pickle.UnpicklingError:  # whose message advises to load it unsafely
@@ -204,8 +210,9 @@ def build(
     diffusion: Diffusion,
     state: Mapping[str, Any],
     keys: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> UNet:
-    """A network with exactly these tensors (in float32). keys: our names -> the file's, for what is said of errors."""
+    """A network with exactly these tensors, in this dtype. keys: our names -> the file's, for errors to speak of."""
     with torch.device("meta"):
         unet = UNet(config)
     needed, keys = unet.state_dict(), keys or {}
@@ -225,7 +232,7 @@ def build(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: tensor {keys.get(name, name)} holds NaN or infinity")
     # copied, as kernels choose by the alignment of memory: every format then computes the same bits
-    weights = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
+    weights = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in state.items()}
     unet.load_state_dict(weights, assign=True)
     unet.diffusion = diffusion
     return unet.eval()
@@ -283,6 +290,8 @@ def diffusion_of(unet: UNet) -> Diffusion:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """torch.save, but a full disk is an OSError; torch itself reports an internal error."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    path.write_bytes(buffer.getbuffer())
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None

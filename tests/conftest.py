@@ -16,6 +16,7 @@ from PIL import Image
 
 from minicache import Diffusion, UNet, UNetConfig, placement
 from minicache.captions import CATEGORIES
+from minicache.formats.compvis import COMPVIS
 from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION
 from minicache.formats.pesser import PESSER
 
@@ -32,7 +33,7 @@ def official_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
         r *= np.prod(shape[1:]) ** -0.5
         if key.endswith((".q.weight", ".k.weight")):
             r *= 2
-    elif "norm" in key and key.endswith("weight"):
+    elif key.endswith("weight") and re.search(r"norm|\.(in|out)_layers\.0\.|^out\.0\.", key):  # CompVis' norms, too
         r = 1 + 0.1 * r
     else:
         r *= 0.1
@@ -49,6 +50,26 @@ def random_unet(config: UNetConfig = SMALL) -> UNet:
     unet.load_state_dict(state, assign=True)
     unet.diffusion = Diffusion()
     return unet.eval()
+
+
+def compvis(name: str) -> tuple[dict[str, np.ndarray], UNetConfig, Diffusion, dict[str, torch.Tensor]]:
+    """Outputs of CompVis' code (golden/README.md), the network that gave them, and its weights by their names."""
+    golden = dict(np.load(GOLDEN / f"compvis_{name}_16px.npz"))
+    meta = json.loads(str(golden["meta"]))
+    size, classes = meta["latent_size"], meta.get("classes")
+    config = UNetConfig(
+        size, meta["model_channels"], meta["channel_mult"], meta["num_res_blocks"],
+        [size // factor for factor in meta["attention_factors"]], meta["channels"], meta["channels"],
+        context_dim=meta["context_dim"], heads=meta["heads"], num_tokens=classes, null_token=(classes or 1) - 1,
+        adm=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        unet = UNet(config)
+    state = {}
+    for ours, key in COMPVIS.keys(unet).items():
+        conv = key.endswith((".proj_in.weight", ".proj_out.weight"))
+        state[key] = official_weight(key, (*unet.state_dict()[ours].shape, *[1, 1] * conv))
+    return golden, config, Diffusion(1000, *meta["betas"], "fixed_small", "scaled_linear"), state
 
 
 def foreign(unet: UNet, form: str) -> dict[str, torch.Tensor]:

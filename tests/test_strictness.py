@@ -14,9 +14,11 @@ from conftest import BARE, ROOT, SMALL, foreign, tensorflow
 
 from minicache import CIFAR10, Diffusion, UNet
 from minicache.checkpoints import read, save
+from minicache.formats.compvis import COMPVIS
 from minicache.formats.diffusers import DIFFUSERS, new_attention, save_diffusers
 from minicache.formats.pesser import PESSER
 from minicache.tools.convert import main, parse
+from minicache.words import Vocabulary
 
 
 @pytest.mark.parametrize("form", ["pesser", "diffusers old", "diffusers new"])
@@ -75,14 +77,24 @@ def test_a_network_without_its_diffusion_is_not_saved(tmp_path, writer):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", [DIFFUSERS, PESSER])
-def test_a_network_with_a_context_has_no_names_in_these_families(tmp_path, family):
-    unet = UNet(replace(SMALL, context_dim=8))
-    unet.diffusion = Diffusion()
-    with pytest.raises(ValueError, match="context_dim=8"):
-        family.keys(unet)
-    with pytest.raises(ValueError, match="context_dim=8"):
-        save_diffusers(tmp_path / "net", unet)
+def test_what_a_family_has_no_names_for_is_refused(tmp_path):
+    for family, change in (
+        (PESSER, {"context_dim": 8}),
+        (COMPVIS, {}),
+        (COMPVIS, {"context_dim": 8, "pooled_context": True}),
+        (DIFFUSERS, {"context_dim": 8, "pooled_context": True}),
+    ):
+        with pytest.raises(ValueError, match="no names for"):
+            family.keys(UNet(replace(SMALL, **change)))
+
+
+def test_a_diffusers_folder_holds_no_words(tmp_path):
+    unet = UNet(replace(SMALL, context_dim=8, num_tokens=4))
+    unet.diffusion, unet.vocabulary = Diffusion(), Vocabulary(("red", "green", "blue"), 2)
+    for null_token, words in ((0, unet.vocabulary), (0, None), (3, unet.vocabulary)):
+        unet.config, unet.vocabulary = replace(unet.config, null_token=null_token), words
+        with pytest.raises(ValueError, match="no words, and only a table of classes whose last row is null"):
+            save_diffusers(tmp_path / "net", unet)
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +158,7 @@ def test_files_that_are_no_checkpoints(tmp_path, unet):
 @pytest.mark.parametrize(
     "file, field, value",
     [
-        ("config.json", "_class_name", "UNet2DConditionModel"),
+        ("config.json", "_class_name", "UNet3DConditionModel"),
         ("config.json", "attention_head_dim", 8),
         ("config.json", "norm_num_groups", 0),
         ("config.json", "downsample_padding", 1),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minicache.checkpoints import PRESETS, agreed, build, refuse_idle
 from minicache.diffusion import Diffusion
+from minicache.formats.compvis import COMPVIS
 from minicache.formats.diffusers import DIFFUSERS, weights_in
 from minicache.formats.pesser import PESSER
 from minicache.formats.tensorflow import TENSORFLOW
@@ -29,7 +30,7 @@ PUBLISHED = {
     "ldm_imagenet": Diffusion(1000, 0.0015, 0.0195, "fixed_small", "scaled_linear"),
     "sd15": Diffusion(1000, 0.00085, 0.012, "fixed_small", "scaled_linear"),
 }
-FAMILIES = (DIFFUSERS, TENSORFLOW, PESSER)
+FAMILIES = (DIFFUSERS, COMPVIS, TENSORFLOW, PESSER)
 
 
 def read(
@@ -40,6 +41,7 @@ def read(
     image_size: int | None,
     groups: int | None,
     raw: bool,
+    dtype: torch.dtype,
 ) -> UNet:
     """The network in the content of a foreign file; the arguments are those of `checkpoints.read`."""
     family = next((family for family in FAMILIES if family.mine(content)), None)
@@ -63,7 +65,7 @@ def read(
         name = names.get(key, key)  # strangers are left for `build` to refuse
         conv = name in needed and needed[name].ndim == 2 and tensor.ndim == 4  # theirs is a 1x1 one, ours Linear
         state[name] = tensor.flatten(1) if conv else tensor
-    return build(path, config, diffusion, state, keys)
+    return build(path, config, diffusion, state, keys, dtype)
 
 
 def refuse_other_things(path: Path, content: Mapping[str, Any]) -> None:
@@ -80,10 +82,12 @@ def published_diffusion(config: UNetConfig | None) -> Diffusion | None:
 
     The variances: fixed_large for CIFAR-10, fixed_small with the published 256x256 weights, and for latents.
     """
-    for name, preset in PRESETS.items():
-        if config and replace(config, dropout=preset.dropout) == preset:
-            return PUBLISHED[name]
-    return None
+
+    def essence(config: UNetConfig) -> UNetConfig:
+        return replace(config, dropout=0.0, num_tokens=None, null_token=0)
+
+    alike = (name for name, preset in PRESETS.items() if config and essence(config) == essence(preset))
+    return PUBLISHED.get(next(alike, None))
 
 
 def refuse_to_guess(path: Path, config: UNetConfig | None, diffusion: Diffusion | None) -> None:

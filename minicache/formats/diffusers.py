@@ -1,4 +1,4 @@
-"""diffusers: the names of UNet2DModel, its configuration, its schedulers, and folders of theirs."""
+"""diffusers: the names of UNet2DModel and UNet2DConditionModel, their configurations, the schedulers, and folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from minicache.checkpoints import diffusion_of, write
 from minicache.diffusion import Diffusion
 from minicache.files import replacing
-from minicache.formats.family import Dialect, Family
+from minicache.formats.family import ATTENTION, TRANSFORMER, Dialect, Family
 from minicache.unet import UNet, UNetConfig
 
 NAMES = Dialect(
@@ -24,15 +24,9 @@ NAMES = Dialect(
     up="up_blocks.{r}.resnets.{j}",
     up_attn="up_blocks.{r}.attentions.{j}",
     upsample="up_blocks.{r}.upsamplers.0.conv",
-    leaves={
-        "temb_proj": "time_emb_proj",
-        "shortcut": "conv_shortcut",
-        "norm": "group_norm",
-        "q": "to_q",
-        "k": "to_k",
-        "v": "to_v",
-        "proj_out": "to_out.0",
-    },
+    leaves={"temb_proj": "time_emb_proj", "shortcut": "conv_shortcut"},
+    attention=dict(zip(ATTENTION, ("group_norm", "to_q", "to_k", "to_v", "to_out.0"))),
+    transformer=TRANSFORMER,
 )
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -51,11 +45,11 @@ def weights_in(path: Path) -> Path:
     folder = path / "unet" if (path / "unet").is_dir() else path
     if not (folder / "config.json").exists():
         raise ValueError(f"{path} holds no config.json: not a diffusers folder")
-    names = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+    names = [f"diffusion_pytorch_model.{end}" for end in ("safetensors", "bin", "fp16.safetensors", "fp16.bin")]
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise ValueError(f"{folder} holds neither {' nor '.join(names)}")
+    raise ValueError(f"{folder} holds none of {', '.join(names)}")
 
 
 def told(path: Path, content: Mapping[str, Any]) -> tuple[UNetConfig | None, Diffusion | None]:
@@ -70,57 +64,89 @@ def told(path: Path, content: Mapping[str, Any]) -> tuple[UNetConfig | None, Dif
 
 
 def save_diffusers(folder: str | Path, unet: UNet) -> None:
-    """A folder that diffusers' UNet2DModel, DDPMPipeline and DDIMPipeline load with from_pretrained."""
+    """A folder that diffusers' UNet2DModel, DDPMPipeline and DDIMPipeline load with from_pretrained; with a context,
+    UNet2DConditionModel: a pipeline's unet/. It has no place for a table of classes, which lies among its weights."""
     if Path(folder).exists():
         raise ValueError(f"{folder} exists; choose another name for the diffusers folder")
-    state = unet.state_dict()
+    if unet.vocabulary is not None or unet.config.null_token != (unet.config.num_tokens or 1) - 1:
+        raise ValueError("a diffusers folder can hold no words, and only a table of classes whose last row is null")
+    state, keys = unet.state_dict(), NAMES.keys(unet)
     files = {
         "config.json": config_to_diffusers(unet.config),
-        "scheduler_config.json": scheduler_to_diffusers(diffusion_of(unet)),
-        "model_index.json": {
-            "_class_name": "DDPMPipeline",
-            "scheduler": ["diffusers", "DDPMScheduler"],
-            "unet": ["diffusers", "UNet2DModel"],
-        },
+        "scheduler_config.json": scheduler_to_diffusers(unet.config, diffusion_of(unet)),
     }
+    if not unet.config.context_dim:
+        parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+        files["model_index.json"] = {"_class_name": "DDPMPipeline", **parts}
     with replacing(folder) as temporary:
         temporary.mkdir()
         for name, content in files.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-        weights = {theirs: state[ours].contiguous() for ours, theirs in NAMES.keys(unet).items()}
+        weights = {}
+        for ours, theirs in keys.items():
+            conv = theirs.endswith((".proj_in.weight", ".proj_out.weight"))  # theirs is a 1x1 one, ours Linear
+            weights[theirs] = (state[ours][:, :, None, None] if conv else state[ours]).contiguous()
         write(temporary / "diffusion_pytorch_model.bin", weights)
 
 
 # --- configurations --------------------------------------------------------------------------------------------------
 
-# What UNet2DModel must be set to, and what it assumes where config.json is silent.
-UNET2D = {
-    "_class_name": ("UNet2DModel", None),
+# What each of their two networks must be set to, and what it assumes where config.json is silent.
+BOTH = {
     "act_fn": ("silu", "silu"),
-    "add_attention": (True, True),
-    "attention_head_dim": (None, 8),
-    "attn_norm_num_groups": (None, None),
     "center_input_sample": (False, False),
     "class_embed_type": (None, None),
-    "downsample_padding": (0, 1),
-    "downsample_type": ("conv", "conv"),
-    "flip_sin_to_cos": (False, True),
-    "freq_shift": (1, 0),
     "mid_block_scale_factor": (1, 1),
-    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
-    "norm_eps": (1e-6, 1e-5),
     "num_class_embeds": (None, None),
     "resnet_time_scale_shift": ("default", "default"),
     "time_embedding_dim": (None, None),
     "time_embedding_type": ("positional", "positional"),
+}
+UNET2D = {
+    "_class_name": ("UNet2DModel", None),
+    "add_attention": (True, True),
+    "attention_head_dim": (None, 8),
+    "attn_norm_num_groups": (None, None),
+    "downsample_type": ("conv", "conv"),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
     "upsample_type": ("conv", "conv"),
 }
+UNET2DCONDITION = {
+    "_class_name": ("UNet2DConditionModel", None),
+    "addition_embed_type": (None, None),
+    "attention_type": ("default", "default"),
+    "conv_in_kernel": (3, 3),
+    "conv_out_kernel": (3, 3),
+    "cross_attention_norm": (None, None),
+    "dual_cross_attention": (False, False),
+    "encoder_hid_dim": (None, None),
+    "mid_block_only_cross_attention": (None, None),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DCrossAttn"),
+    "only_cross_attention": (False, False),
+    "resnet_out_scale_factor": (1, 1),
+    "resnet_skip_time_act": (False, False),
+    "time_cond_proj_dim": (None, None),
+    "time_embedding_act_fn": (None, None),
+    "timestep_post_act": (None, None),
+    "transformer_layers_per_block": (1, 1),
+}
+# The timestep embedding, the padding of Downsample and norm_eps: DDPM's, or ADM's, which diffusers assumes.
+CONVENTIONS = {
+    adm: {
+        "downsample_padding": (int(adm), 1),
+        "flip_sin_to_cos": (adm, True),
+        "freq_shift": (int(not adm), 0),
+        "norm_eps": (1e-5 if adm else 1e-6, 1e-5),
+    }
+    for adm in (False, True)
+}
 SCHEDULER = {
-    "beta_schedule": ("linear", "linear"),
     "prediction_type": ("epsilon", "epsilon"),
     "rescale_betas_zero_snr": (False, False),
     "trained_betas": (None, None),
 }
+A_LEVEL = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "num_attention_heads",
+           "only_cross_attention", "sample_size", "transformer_layers_per_block")  # fmt: skip
 
 
 def require(path: Path, content: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]) -> None:
@@ -140,48 +166,80 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def config_from_diffusers(path: Path) -> UNetConfig:
-    """UNet2DModel's config.json, or a ValueError that names the field that cannot be honoured."""
+    """The config.json of UNet2DModel or UNet2DConditionModel, or a ValueError that names the field that cannot be
+    honoured."""
     content = read_json(path)
-    require(path, content, UNET2D)
+    for name in A_LEVEL:  # what may be said for each level
+        value = content.get(name)
+        if isinstance(value, list) and value and value == value[:1] * len(value):
+            content[name] = value[0]
+    context = content.get("_class_name") == "UNet2DConditionModel"
+    told = lambda adm: sum(content.get(name, default) == it for name, (it, default) in CONVENTIONS[adm].items())  # noqa: E731
+    adm = told(True) > told(False)
+    require(path, content, {**BOTH, **(UNET2DCONDITION if context else UNET2D), **CONVENTIONS[adm]})
     size, widths = content.get("sample_size"), content.get("block_out_channels", [224, 448, 672, 896])
-    size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
     if type(size) is not int:
         raise ValueError(f"{path}: sample_size={size!r} must be one whole number")
     if not _whole_numbers(widths) or any(width % widths[0] for width in widths):
         raise ValueError(f"{path}: block_out_channels={widths} must be multiples of the first")
-    down, up = content.get("down_block_types") or (), content.get("up_block_types") or ()
-    attends = [kind == "AttnDownBlock2D" for kind in down]
-    if list(down) != _block_types(attends, "Down") or len(down) != len(widths):
-        raise ValueError(f"{path}: down_block_types={list(down)} must be {len(widths)} of DownBlock2D, AttnDownBlock2D")
-    if list(up) != _block_types(attends[::-1], "Up"):
-        raise ValueError(f"{path}: up_block_types={list(up)} must mirror down_block_types")
-    return UNetConfig(
-        image_size=size,
-        model_channels=widths[0],
-        channel_mult=tuple(width // widths[0] for width in widths),
-        num_res_blocks=content.get("layers_per_block", 2),
-        attention_resolutions=tuple(size >> level for level, attend in enumerate(attends) if attend),
-        in_channels=content.get("in_channels", 3),
-        out_channels=content.get("out_channels", 3),
-        dropout=content.get("dropout") or 0.0,
-        groups=content.get("norm_num_groups", 32),
-    )
+    channels = 4 if context else 3
+    try:
+        return UNetConfig(
+            image_size=size,
+            model_channels=widths[0],
+            channel_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=content.get("layers_per_block", 2),
+            attention_resolutions=tuple(size >> level for level in _attends(path, content, context)),
+            in_channels=content.get("in_channels", channels),
+            out_channels=content.get("out_channels", channels),
+            dropout=content.get("dropout") or 0.0,
+            groups=content.get("norm_num_groups", 32),
+            adm=adm,
+            **(_context(path, content) if context else {}),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _attends(path: Path, content: Mapping[str, Any], context: bool) -> list[int]:
+    """The levels with attention, by the kinds of blocks."""
+    kind, down, up = "CrossAttn" if context else "Attn", content.get("down_block_types"), content.get("up_block_types")
+    levels = [level for level, name in enumerate(down or ()) if name == f"{kind}DownBlock2D"]
+    count = len(content.get("block_out_channels", range(4)))
+    if down != _block_types(count, levels, kind, "Down"):
+        raise ValueError(f"{path}: down_block_types={down} must be {count} of DownBlock2D, {kind}DownBlock2D")
+    if up != _block_types(count, levels, kind, "Up")[::-1]:
+        raise ValueError(f"{path}: up_block_types={up} must mirror down_block_types")
+    return levels
+
+
+def _context(path: Path, content: Mapping[str, Any]) -> dict[str, int]:
+    """What only UNet2DConditionModel has. Its attention_head_dim is, by a mistake of old, the number of heads."""
+    name = "num_attention_heads" if content.get("num_attention_heads") else "attention_head_dim"
+    sizes = {"context_dim": ("cross_attention_dim", 1280), "heads": (name, 8)}
+    for theirs, default in sizes.values():
+        if type(value := content.get(theirs, default)) is not int:
+            raise ValueError(f"{path}: {theirs}={value!r} must be one whole number, the same at all levels")
+    return {ours: content.get(*field) for ours, field in sizes.items()}
 
 
 def _whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and len(values) > 0 and all(type(value) is int and value > 0 for value in values)
 
 
-def _block_types(attends: list[bool], way: str) -> list[str]:
-    return [f"{'Attn' if attend else ''}{way}Block2D" for attend in attends]
+def _block_types(count: int, levels: list[int], kind: str, way: str) -> list[str]:
+    return [f"{kind if level in levels else ''}{way}Block2D" for level in range(count)]
 
 
 def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     if config.channel_mult[0] != 1:
         raise ValueError(f"channel_mult={config.channel_mult}: diffusers can only hold one that begins with 1")
-    attends = [config.image_size >> level in config.attention_resolutions for level in range(len(config.channel_mult))]
+    count, kind = len(config.channel_mult), "CrossAttn" if config.context_dim else "Attn"
+    levels = [level for level in range(count) if config.image_size >> level in config.attention_resolutions]
+    fields = {**BOTH, **(UNET2DCONDITION if config.context_dim else UNET2D), **CONVENTIONS[config.adm]}
+    context = {"cross_attention_dim": config.context_dim, "attention_head_dim": config.heads}
     return {
-        **{name: needed for name, (needed, _) in UNET2D.items()},
+        **{name: needed for name, (needed, _) in fields.items()},
         "sample_size": config.image_size,
         "block_out_channels": [config.model_channels * mult for mult in config.channel_mult],
         "layers_per_block": config.num_res_blocks,
@@ -189,13 +247,14 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "out_channels": config.out_channels,
         "dropout": config.dropout,
         "norm_num_groups": config.groups,
-        "down_block_types": _block_types(attends, "Down"),
-        "up_block_types": _block_types(attends[::-1], "Up"),
+        "down_block_types": _block_types(count, levels, kind, "Down"),
+        "up_block_types": _block_types(count, levels, kind, "Up")[::-1],
+        **(context if config.context_dim else {}),
     }
 
 
 def diffusion_from_diffusers(path: Path) -> Diffusion:
-    """scheduler_config.json of DDPM or DDIM, or a ValueError that names the field."""
+    """scheduler_config.json of any scheduler, or a ValueError that names the field."""
     content = read_json(path)
     require(path, content, SCHEDULER)
     return Diffusion(
@@ -203,25 +262,34 @@ def diffusion_from_diffusers(path: Path) -> Diffusion:
         beta_start=content.get("beta_start", 1e-4),
         beta_end=content.get("beta_end", 0.02),
         variance=content.get("variance_type", "fixed_small"),
+        beta_schedule=content.get("beta_schedule", "linear"),
     )
 
 
-def scheduler_to_diffusers(diffusion: Diffusion) -> dict[str, Any]:
+def scheduler_to_diffusers(config: UNetConfig, diffusion: Diffusion) -> dict[str, Any]:
+    """Latents are not clipped, and their networks are asked from t = 1 on."""
     return {
         "_class_name": "DDPMScheduler",
         **{name: needed for name, (needed, _) in SCHEDULER.items()},
         "num_train_timesteps": diffusion.num_timesteps,
+        "beta_schedule": diffusion.beta_schedule,
         "beta_start": diffusion.beta_start,
         "beta_end": diffusion.beta_end,
         "variance_type": diffusion.variance,
-        "clip_sample": True,
+        "clip_sample": not config.context_dim,
+        "steps_offset": int(bool(config.context_dim)),
     }
+
+
+def tensors(content: Mapping[str, Any], raw: bool) -> Mapping[str, Any]:
+    """By today's names: attention in the middle of UNet2DModel had others once."""
+    return {new_attention(key): value for key, value in content.items()}
 
 
 DIFFUSERS = Family(
     mine=lambda content: any(str(key).startswith("down_blocks.") for key in content),
     keys=NAMES.keys,
     infer=NAMES.infer,
-    tensors=lambda content, raw: {new_attention(key): value for key, value in content.items()},
+    tensors=tensors,
     told=told,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minicache.formats.family import Dialect, Family
+from minicache.formats.family import ATTENTION, Dialect, Family
 
 NAMES = Dialect(
     time=("temb.dense.0", "temb.dense.1"),
@@ -16,6 +16,7 @@ NAMES = Dialect(
     up_attn="up.{l}.attn.{j}",
     upsample="up.{l}.upsample.conv",
     leaves={"shortcut": "nin_shortcut"},
+    attention={leaf: leaf for leaf in ATTENTION},
 )
 PESSER = Family(
     mine=lambda content: any(str(key).startswith("down.") for key in content),
