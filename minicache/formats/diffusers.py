@@ -56,7 +56,7 @@ def told(path: Path, content: Mapping[str, Any]) -> tuple[UNetConfig | None, Dif
     """What config.json and scheduler_config.json beside the weights say; None where there is no such file."""
     folder, config, diffusion = path.parent, None, None
     if (folder / "config.json").exists():
-        config = config_from_diffusers(folder / "config.json")
+        config = config_from_diffusers(folder / "config.json", read_json(folder / "config.json"))
     for scheduler in (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json"):
         if diffusion is None and scheduler.exists():
             diffusion = diffusion_from_diffusers(scheduler)
@@ -149,7 +149,7 @@ A_LEVEL = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "num
            "only_cross_attention", "sample_size", "transformer_layers_per_block")  # fmt: skip
 
 
-def require(path: Path, content: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]) -> None:
+def require(path: str | Path, content: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]) -> None:
     for name, (needed, default) in fields.items():
         if (value := content.get(name, default)) != needed:
             raise ValueError(f"{path}: {name}={value!r} is not what this network does; it needs {needed!r}")
@@ -165,10 +165,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def config_from_diffusers(path: Path) -> UNetConfig:
-    """The config.json of UNet2DModel or UNet2DConditionModel, or a ValueError that names the field that cannot be
-    honoured."""
-    content = read_json(path)
+def config_from_diffusers(path: str | Path, content: dict[str, Any]) -> UNetConfig:
+    """The content of a config.json of UNet2DModel or UNet2DConditionModel, or a ValueError that names the field that
+    cannot be honoured."""
     for name in A_LEVEL:  # what may be said for each level
         value = content.get(name)
         if isinstance(value, list) and value and value == value[:1] * len(value):
