@@ -2,14 +2,19 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import noise, relative
-from miniature import SIDE, first_stage, pipeline, text_encoder, tokenizer_files
+from miniature import SCHEDULE, SIDE, first_stage, pipeline, randomized, text_encoder, tokenizer_files
+from PIL import Image
 
-from minicache import UNetConfig, latents
+from minicache import Diffusion, Recipe, UNet, UNetConfig, denoise, latents, load, sample, uniform
+from minicache.formats.diffusers import save_diffusers
+from minicache.images import to_uint8
+from sample import main, parse
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-5
 WORDED = UNetConfig(
@@ -109,6 +114,127 @@ def test_one_picture_at_a_time(monkeypatch):
     assert seen == [1, 1, 1]
 
 
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+def test_every_step_is_the_pipelines(folder, sampler):
+    path, pipe = folder
+    schedulers = {
+        "ddim": diffusers.DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, clip_sample=False),
+        "pndm": diffusers.PNDMScheduler(**SCHEDULE, set_alpha_to_one=False, skip_prk_steps=True),
+    }
+    parts = {**pipe.components, "scheduler": schedulers[sampler]}
+    pipe, x_T, theirs = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False), noise(1, 4, 8, 8), []
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(
+        "cat dog", negative_prompt="a", guidance_scale=7.5, num_inference_steps=10, latents=x_T, output_type="pt",
+        callback_on_step_end=lambda pipe, i, t, tensors: theirs.append((t, tensors["latents"])) or tensors,
+    ).images  # fmt: skip
+    unet, words = load(path), latents.load_words(path)
+    context, negative = words.encode("cat dog"), words.encode("a")
+    at = {"steps": 10, "sampler": sampler, "spacing": "offset", "guidance": 7.5}
+    ours = list(denoise(unet, x_T=x_T, context=context, negative=negative, **at))
+    assert [step.t for step in ours] == [t for t, _ in theirs]
+    assert all(relative(step.x, x) < TOLERANCE for step, (_, x) in zip(ours, theirs))
+    finished = latents.decode(ours[-1].x, latents.load_first_stage(path, unet.config))
+    assert relative((finished / 2 + 0.5).clamp(0, 1), pictures) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def ldm(tmp_path_factory):
+    """LDM-4-G's parts in a folder: U-Net with its table of classes, VQModel."""
+    folder = tmp_path_factory.mktemp("ldm")
+    unet = randomized(UNet(CLASSED))
+    unet.diffusion = Diffusion(1000, 0.0015, 0.0195, "fixed_small", "scaled_linear")
+    save_diffusers(folder / "unet", unet)
+    first_stage("VQModel").save_pretrained(folder / "vqvae")
+    return folder
+
+
+def drawn(out, *flags):
+    main(parse([*map(str, flags), "--num", "3", "--steps", "6", "--out", str(out)]))
+    return np.load(out)["arr_0"].astype(int)
+
+
+def test_sample_draws_the_pipelines_pictures(folder, tmp_path):
+    """Without a flag for it, with the pipeline's own sampler."""
+    path, pipe = folder
+    flags = ["--ckpt", path, "--prompt", "cat dog", "--prompt", "a", "--negative", "cat", "--guidance", 7.5]
+    images = drawn(tmp_path / "x.npz", *flags, "--interval", 1)
+    x_T = torch.stack([noise(4, SIDE, SIDE, seed=seed) for seed in range(3)])
+    theirs = pipe(["cat dog", "a", "cat dog"], negative_prompt=["cat"] * 3, num_inference_steps=6, latents=x_T)
+    assert images.shape == (3, 2 * SIDE, 2 * SIDE, 3)
+    assert np.abs(images - np.stack([np.asarray(image) for image in theirs.images])).max() <= 1
+
+
+def test_what_suits_stable_diffusion_and_its_cache(folder, tmp_path):
+    path, _ = folder
+    images = drawn(tmp_path / "x.npz", "--ckpt", path, "--prompt", "cat", "--interval", 3, "--branch", 2)
+    unet, words = load(path), latents.load_words(path)
+    at = {"sampler": "pndm", "plan": uniform(7, 3, 2), "guidance": 7.5}  # 6 timesteps, of which one is taken twice
+    z = sample(unet, range(3), context=words.encode("cat"), negative=words.encode(""), **at)
+    assert np.abs(images - to_uint8(latents.decode(z, latents.load_first_stage(path, unet.config)))).max() <= 1
+    alone = drawn(
+        tmp_path / "y.npz", "--ckpt", path, "--prompt", "cat", "--interval", 3, "--branch", 2, "--batch-size", 1
+    )
+    assert np.abs(images - alone).max() <= 1
+    astronaut = drawn(tmp_path / "z.npz", "--ckpt", path, "--interval", 3, "--guidance", 1)
+    assert np.abs(images - astronaut).max() > 1
+
+
+def test_what_suits_ldm_and_its_cache(ldm, tmp_path):
+    images = drawn(tmp_path / "x.npz", "--ckpt", ldm, "--class", 2, "--class", 4, "--interval", 2, "--branch", 1)
+    unet, classes = load(ldm), torch.tensor([[2], [4], [2]])
+    at = {"plan": uniform(6, 2, 1), "guidance": 1.5, "spacing": "offset", "negative": torch.tensor([[5]])}
+    z = sample(unet, range(3), context=classes, **at)
+    assert np.abs(images - to_uint8(latents.decode(z, first_stage("VQModel")))).max() <= 1
+
+
+@pytest.mark.parametrize("sampler, spacing", [(None, "offset"), ("ddpm", "offset"), ("dpm++2m", None)])
+def test_latents_are_not_clipped_and_end_as_their_authors_do(sampler, spacing):
+    suited = {"sampler": sampler or "ddim", "spacing": spacing, "clip_x0": False}
+    assert latents.suits(CLASSED, sampler) == suited
+
+
+@pytest.mark.parametrize("ending", ["png", "gif"])
+def test_pictures_to_look_at(folder, tmp_path, capsys, ending):
+    out = tmp_path / f"x.{ending}"
+    main(
+        parse(
+            ["--ckpt", str(folder[0]), "--prompt", "cat", "--num", "2", "--steps", "4", "--compare", "--out", str(out)]
+        )
+    )
+    with Image.open(out) as image:
+        assert image.width > 2 * 2 * 96
+    assert "PSNR to uncached" in capsys.readouterr().out
+
+
+def test_a_recipe_has_its_own_guidance(folder, tmp_path):
+    path, _ = folder
+    Recipe(uniform(6, 2, 1), spacing="offset").save(tmp_path / "r.json")
+    images = drawn(tmp_path / "x.npz", "--ckpt", path, "--prompt", "cat", "--plan", tmp_path / "r.json")
+    z = sample(
+        load(path), range(3), context=latents.load_words(path).encode("cat"), plan=uniform(6, 2, 1), spacing="offset"
+    )
+    assert np.abs(images - to_uint8(latents.decode(z, latents.load_first_stage(path, WORDED)))).max() <= 1
+
+
+@pytest.mark.parametrize("which, flags, words", [
+    ("folder", ["--class", 3], "knows words, not classes: use --prompt"),
+    ("folder", ["--prompt", "cat " * 90], "has 90 tokens; at most 75"),
+    ("folder", ["--prompt", "cat", "--eta", 0.5], "eta=0.5 means nothing to sampler='pndm'"),
+    ("ldm", ["--prompt", "cat"], "knows classes, not words: say which with --class"),
+    ("ldm", [], "knows classes, not words: say which with --class"),
+    ("ldm", ["--class", 6], "the classes are 0..5"),
+])  # fmt: skip
+def test_wrong_questions(folder, ldm, tmp_path, which, flags, words):
+    path = {"folder": folder[0], "ldm": ldm}[which]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        drawn(tmp_path / "x.npz", "--ckpt", path, *flags)
+    assert not list(tmp_path.iterdir())
+
+
 # --- what is missing -------------------------------------------------------------------------------------------------
 
 
@@ -123,12 +249,14 @@ def offline(monkeypatch):
 def test_what_is_not_there_is_named_with_its_place(tmp_path, offline):
     state = {"model.diffusion_model.out.0.weight": torch.ones(32)}
     torch.save({"state_dict": state}, tmp_path / "net.ckpt")
-    for load in (latents.load_words, lambda path: latents.load_first_stage(path, WORDED)):
-        name = "text_encoder" if load is latents.load_words else "vae"
+    for name, part in (
+        ("text_encoder", latents.load_words),
+        ("vae", lambda path: latents.load_first_stage(path, WORDED)),
+    ):
         with pytest.raises(
             ConnectionError, match=f"get the folder {name} of nobody/nothing, and put it at {tmp_path / name}$"
         ):
-            load(tmp_path / "net.ckpt")
+            part(tmp_path / "net.ckpt")
     torch.save({"state_dict": clip_keys(text_encoder())}, tmp_path / "clip.ckpt")
     with pytest.raises(
         ConnectionError, match=f"get the folder tokenizer of .* and put it at {tmp_path / 'tokenizer'}$"
