@@ -32,12 +32,11 @@ from minicache.images import enlargement, labelled, save_png, to_tensor, to_uint
 from minicache.placement import choose_placement, place
 from minicache.recipe import Recipe, recipe_from, recipe_from_file
 from minicache.samplers import SAMPLERS
-from minicache.sampling import sample
+from minicache.sampling import STEPS, sample
 from minicache.tools import Parser, at_least, prepare_out
 from minicache.tools.evaluate import markdown
 from minicache.words import Vocabulary
 
-STEPS = 50
 SIGMA = 1.0
 FIRST = 10  # besides the nearest picture, so many nearest ones are looked at
 SHOWN = 36  # samples of each group on the sheet
