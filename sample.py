@@ -7,6 +7,8 @@ examples:
   python sample.py --prompt "red apple" --prompt "cat face" --guidance 3 --interval 5 --branch 1 --compare
   python sample.py --sampler dpm++2m --steps 25 --interval 3 --branch 1 --forecast linear
   python sample.py --ckpt tiny_cifar10 --budget 20                  # the best plan known for 20 full passes
+  python sample.py --ckpt sd15 --prompt "a red apple" --steps 50 --interval 5 --branch 2 --num 4
+  python sample.py --ckpt ldm_imagenet --class 207 --steps 250 --interval 10 --branch 1
   python sample.py --num 16 --out denoise.gif                       # watch the pictures emerge
   python sample.py --num 50000 --dtype auto --out samples.npz       # for an evaluator; after a crash, run it again
   torchrun --nproc-per-node 2 -- sample.py --num 50000 --out pngs   # a folder, drawn by two processes or GPUs;
@@ -251,7 +253,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
     add("--steps", type=int, help=f"default {STEPS}")
-    add("--spacing", choices=SPACINGS, help="of the timesteps; default: the sampler's own")
+    add("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)}, or rho7 or another; default: the sampler's own")
     add("--eta", type=float, help="ddim's noise, 0 to 1; default 0")
     add("--variance", choices=VARIANCES, help="ddpm's; default: the checkpoint's")
     add(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.diffusion import SPACINGS, VARIANCES, Diffusion
+from minicache.diffusion import VARIANCES, Diffusion, check_spacing
 from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
 from minicache.samplers import SAMPLERS, Point, passes, predict_x0
 
@@ -25,7 +25,7 @@ class Settings:
 
     plan: CachePlan  # the steps, and what is cached
     sampler: str = "ddim"  # one of SAMPLERS
-    spacing: str | None = None  # one of SPACINGS; None: the sampler's own
+    spacing: str | None = None  # of the timesteps (`Diffusion.timesteps`); None: the sampler's own
     eta: float = 0.0  # ddim's noise, 0 to 1
     variance: str | None = None  # ddpm's, one of VARIANCES; None: the checkpoint's own
     clip_x0: bool | None = None  # clip the predicted image to [-1, 1]; None: as the sampler does by default
@@ -33,7 +33,7 @@ class Settings:
     guidance: float = 1.0  # of the context, 0 to 100; 1 is none, and costs half
 
     def __post_init__(self):
-        names = {"sampler": SAMPLERS, "spacing": (None, *SPACINGS), "variance": (None, *VARIANCES)}
+        names = {"sampler": SAMPLERS, "variance": (None, *VARIANCES)}
         names["clip_x0"] = (None, True, False)
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
@@ -49,6 +49,7 @@ class Settings:
         if SAMPLERS[self.sampler].twice and self.plan.steps < 3:
             raise ValueError(f"sampler={self.sampler!r} takes its first step twice, and needs 2 timesteps or more")
         object.__setattr__(self, "spacing", self.spacing or SAMPLERS[self.sampler].spacing)
+        check_spacing(self.spacing)
 
     @property
     def steps(self) -> int:

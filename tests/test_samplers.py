@@ -54,6 +54,26 @@ def test_spacing_that_would_begin_at_zero_is_refused(spacing, steps):
         Diffusion().timesteps(steps, spacing)
 
 
+@pytest.mark.parametrize(
+    "spacing, f", [("logsnr", np.log), ("rho7", lambda s: s ** (1 / 7)), ("rho2.5", lambda s: s**0.4)]
+)
+@pytest.mark.parametrize("start", [None, 700])
+def test_spacings_in_the_noise(spacing, f, start):
+    """f(s) is evenly spaced from t = T - 1 to 0, s = sqrt(1 - abar) / sqrt(abar)."""
+    diffusion = Diffusion()
+    ts = diffusion.timesteps(9, spacing, start)
+    assert (ts[0], ts[-1], len(ts)) == ((start or 1000) - 1, 0, 9) and all(type(t) is int for t in (ts[0], ts[-1]))
+    gaps = np.diff([f(math.sqrt(1 / diffusion.alpha_bar(t) - 1)) for t in ts])
+    assert np.allclose(gaps, gaps[0], rtol=1e-6) and gaps[0] < 0
+    assert diffusion.timesteps(1, spacing, start) == ts[:1]
+
+
+def test_timestep_is_the_inverse_of_alpha_bar():
+    diffusion = Diffusion()
+    for t in (0, 0.25, 1, 431.7, 998.5, 999):
+        assert diffusion.timestep(diffusion.alpha_bar(t)) == pytest.approx(t, abs=1e-6)
+
+
 def test_offset_needs_room_for_its_one():
     with pytest.raises(ValueError, match="would begin at t = 1000, after the last one, 999"):
         Diffusion().timesteps(1000, "offset")
@@ -134,6 +154,64 @@ def test_adams_bashforth_integrates_polynomials_of_its_order(order):
 
     got = adams_bashforth([f(0.0), f(-1.0), f(-2.0), f(-3.0)][: order + 1]).item()
     assert got == pytest.approx(1 / (order + 1))
+
+
+def exact_point(lam: float) -> Point:
+    """Where the probability flow of pixels N(0.3, 0.5**2) has led a pixel that began at x_T = 1, in float64."""
+    a = 1 / (1 + math.exp(-2 * lam))
+    alpha, variance = math.sqrt(a), 0.25 * a + 1 - a
+    x = torch.tensor([alpha * 0.3 + math.sqrt(variance)], dtype=torch.float64)
+    x0 = 0.3 + alpha * 0.25 / variance * (x - alpha * 0.3)
+    return Point(a, x, (x - alpha * x0) / math.sqrt(1 - a), x0)
+
+
+ORDERS = {"ddim": 1, "dpm++2m": 2, "dpm++3m": 2, "unipc": 2, "unipc3": 3, "deis": 3, "plms2": 2, "plms3": 3, "plms": 4}
+
+
+def local_error(sampler: str, h: float, corrected: bool) -> float:
+    """Of one step to lambda 0, from a past without error: uneven in lambda, or even in s = exp(-lambda) for plms."""
+    lams = [-math.log(1 + k * h) for k in range(6)] if "plms" in sampler else [-h * k for k in (0, 1, 1.8, 3.1, 4, 5.2)]
+    end, now, *past = map(exact_point, lams)
+    history = SAMPLERS[sampler].history
+    if corrected:
+        x = SAMPLERS[sampler].correct(end._replace(x=None), [now, *past][:history]).x
+    else:
+        x = SAMPLERS[sampler].step(now, past[:history], end.a)
+    return (x - end.x).abs().item()
+
+
+@pytest.mark.parametrize(
+    "sampler, order, corrected",
+    [*((name, order, False) for name, order in ORDERS.items()), ("unipc", 3, True), ("unipc3", 4, True)],
+)
+def test_a_step_has_the_order_of_its_method(sampler, order, corrected):
+    """Half the step: an error smaller by 2 ** (order + 1). A corrector adds an order to its predictor's. That of
+    DPM-Solver++(3M) is 2, as half of the quadratic term is missing."""
+    errors = [local_error(sampler, h, corrected) for h in (0.04, 0.02)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.3)
+
+
+class Mixture(Recorder):
+    """The exact eps of independent pixels, each N(-0.6, 0.2**2) or N(0.6, 0.2**2)."""
+
+    def forward_full(self, x, t, branch, context=None):
+        a = self.diffusion.alpha_bar(t.item())
+        x, alpha, variance = x.double(), math.sqrt(a), 0.04 * a + 1 - a
+        mean = 0.6 * torch.tanh(0.6 * alpha * x / variance)
+        x0 = mean + alpha * 0.04 / variance * (x - alpha * mean)
+        return ((x - alpha * x0) / math.sqrt(1 - a)).float(), x
+
+
+def test_multistep_samplers_converge_faster_than_ddim():
+    x_T = noise(4, 3, 16, 16)
+    limit = sample(Mixture(), x_T=x_T, sampler="unipc", spacing="logsnr", steps=1000)
+
+    def error(sampler, steps):
+        return relative(sample(Mixture(), x_T=x_T, sampler=sampler, spacing="rho7", plan=uncached(steps)), limit)
+
+    for sampler in [*ORDERS, "pndm"]:
+        if sampler != "ddim":
+            assert error(sampler, 80) < min(error(sampler, 40) / 2.8, error("ddim", 80) / 8), sampler
 
 
 def test_unclipped_fixed_small_ddpm_is_ddim_with_eta_one(unet):
@@ -276,7 +354,12 @@ def test_steps_tell_what_happened(unet):
         ({"start": -3, "x_T": noise(1, 3, 16, 16)}, "start=-3"),
         ({"start": 700, "x_T": noise(1, 3, 16, 16), "steps": 10}, "does not begin at start - 1"),
         ({"start": 700, "x_T": noise(1, 3, 16, 16), "steps": 10, "spacing": "quad"}, "does not begin at start - 1"),
-        ({"spacing": "cubic"}, "spacing='cubic'"),
+        ({"spacing": "cubic"}, "spacing='cubic' is none of uniform, .*, logsnr, rho0.5 to rho100"),
+        ({"spacing": "rho0.4"}, "spacing='rho0.4'"),
+        ({"spacing": "rho101"}, "spacing='rho101'"),
+        ({"spacing": "rho-3"}, "spacing='rho-3'"),
+        ({"spacing": "rho"}, "spacing='rho'"),
+        ({"spacing": 7}, "spacing=7 is none"),
         ({"eta": -1.0}, "eta=-1.0"),
         ({"eta": 0.5, "sampler": "dpm++2m"}, "eta=0.5"),
         ({"variance": "learned"}, "variance='learned'"),

@@ -80,7 +80,7 @@ def chosen_recipe(args: argparse.Namespace, vocabulary: Vocabulary) -> Recipe:
     flags = {name: getattr(args, name) for name in ("sampler", "steps", "guidance") if getattr(args, name) is not None}
     if args.plan:
         return recipe_from_file(args.plan, **flags)
-    return recipe_from(**{"steps": STEPS, "interval": 1, "guidance": vocabulary.guidance, **flags})
+    return recipe_from(**{"steps": STEPS, "interval": 1, "branch": 1, "guidance": vocabulary.guidance, **flags})
 
 
 def main(args: argparse.Namespace) -> None:
