@@ -36,7 +36,7 @@ from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint, locate
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import SPACINGS, VARIANCES
 from minicache.images import beside, enlargement, grid, labelled, save_gif, save_png, to_tensor, to_uint8
-from minicache.latents import decode, load_first_stage, load_words, suits
+from minicache.latents import around, suits
 from minicache.metrics import psnr
 from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose_placement, place
 from minicache.plan import FORECASTS
@@ -74,9 +74,7 @@ def main(args: argparse.Namespace) -> None:
     words, finish = unet.vocabulary, to_uint8
     if unet.config.adm:  # it draws in latents
         recipe = recipe if args.plan or args.budget else chosen_recipe(args, suits(unet.config, args.sampler))
-        first_stage = load_first_stage(path, unet.config).to(placement.device)
-        words = None if unet.config.num_tokens else load_words(path)
-        finish = lambda x: to_uint8(decode(x, first_stage))  # noqa: E731
+        words, finish = around(path, unet.config, placement.device)
     asked = {name: getattr(args, name) for name in ASKED}
     if args.plan and unet.config.context_dim:
         asked["guidance"] = recipe.guidance

@@ -8,21 +8,24 @@ repository on the hub.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minicache.checkpoints import read_file
+from minicache.images import to_uint8
 from minicache.samplers import SAMPLERS
 from minicache.unet import UNetConfig
 
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 FIRST_STAGE, CLIP = "first_stage_model.", "cond_stage_model.transformer.text_model."  # prefixes in files of CompVis'
 HEAD = 64  # channels of a head of CLIP's
+BATCH = 64  # prompts that CLIP reads at a time
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class ClipWords:
             if len(ids) > length:
                 raise ValueError(f"{prompt!r} has {len(ids) - 2} tokens; at most {length - 2} are taken")
         padded = self.tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
-        return self.model(padded.input_ids)[0]
+        return torch.cat([self.model(ids)[0] for ids in padded.input_ids.split(BATCH)])
 
 
 def suits(config: UNetConfig, sampler: str | None = None) -> dict[str, Any]:
@@ -50,6 +53,14 @@ def suits(config: UNetConfig, sampler: str | None = None) -> dict[str, Any]:
     sampler = sampler or ("ddim" if config.num_tokens else "pndm")
     leading = SAMPLERS[sampler].spacing == "uniform"  # which ends where no noise is left; theirs ends one step before
     return {"sampler": sampler, "spacing": "offset" if leading else None, "clip_x0": False}
+
+
+def around(
+    path: Path, config: UNetConfig, device: torch.device
+) -> tuple[ClipWords | None, Callable[[Tensor], np.ndarray]]:
+    """What stands around the latent network at `path`: its words (None: it knows classes), and latents -> uint8."""
+    first_stage = load_first_stage(path, config).to(device)
+    return None if config.num_tokens else load_words(path), lambda x: to_uint8(decode(x, first_stage))
 
 
 @torch.no_grad()

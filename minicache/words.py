@@ -112,10 +112,7 @@ def prompts_for(
             raise ValueError(f"{name} takes a context of tokens, which Python alone can give it")
         if prompt or prompts or negative or not label:
             raise ValueError(f"{name} knows classes, not words: say which with --class")
-        if not all(0 <= each < unet.config.num_tokens for each in label):
-            raise ValueError(f"--class {label}: the classes are 0..{unet.config.num_tokens - 1}")
-        ids, guidance = torch.tensor(label)[:, None], CLASS_GUIDANCE if guidance is None else guidance
-        return Prompts([f"class {each}" for each in label], ids, seed, guidance)
+        return Prompts(*classes(label, unet.config.num_tokens), seed, CLASS_GUIDANCE if guidance is None else guidance)
     if label:
         raise ValueError(f"--class: {name} knows words, not classes: use --prompt")
     texts = [*(prompt or ()), *(lines_of(prompts) if prompts else ())] or list(words.examples)
@@ -128,6 +125,13 @@ def prompts_for(
         negative = ""  # there is no null token, but an empty prompt
     away = None if negative is None else words.encode(negative)
     return Prompts(texts, words.encode(*texts), seed, guidance, away)
+
+
+def classes(labels: list[int], number: int) -> tuple[list[str], Tensor]:
+    """What to write under pictures of these classes, and their ids [B, 1]; ValueError for a class that there is not."""
+    if not all(0 <= label < number for label in labels):
+        raise ValueError(f"--class {labels}: the classes are 0..{number - 1}")
+    return [f"class {label}" for label in labels], torch.tensor(labels)[:, None]
 
 
 def lines_of(path: str | Path) -> list[str]:

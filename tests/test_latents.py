@@ -63,6 +63,7 @@ def test_prompts(folder):
     words = latents.load_words(path)
     texts = ["cat dog", "", "a cat"]
     assert torch.equal(words.encode(*texts), pipe.encode_prompt(texts, "cpu", 1, False)[0])
+    assert relative(words.encode(*texts * 30)[-3:], words.encode(*texts)) < TOLERANCE
     with pytest.raises(ValueError, match="has 80 tokens; at most 75 are taken"):
         words.encode("cat", "cat " * 80)
 
