@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minicache.checkpoints import read_file
 from minicache.images import to_uint8
 from minicache.samplers import SAMPLERS
+from minicache.tensors import read_file
 from minicache.unet import UNetConfig
 
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
