@@ -7,6 +7,8 @@ examples:
   python sample.py --prompt "red apple" --prompt "cat face" --guidance 3 --interval 5 --branch 1 --compare
   python sample.py --sampler dpm++2m --steps 25 --interval 3 --branch 1 --forecast linear
   python sample.py --ckpt tiny_cifar10 --budget 20                  # the best plan known for 20 full passes
+  python sample.py --ckpt sd15 --prompt "a red apple" --steps 50 --interval 5 --branch 2 --num 4
+  python sample.py --ckpt ldm_imagenet --class 207 --steps 250 --interval 10 --branch 1
   python sample.py --num 16 --out denoise.gif                       # watch the pictures emerge
   python sample.py --num 50000 --dtype auto --out samples.npz       # for an evaluator; after a crash, run it again
   torchrun --nproc-per-node 2 -- sample.py --num 50000 --out pngs   # a folder, drawn by two processes or GPUs;
@@ -18,19 +20,23 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minicache import CachePlan, Recipe, denoise, load, sample, uncached
-from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint
+from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint, locate
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import SPACINGS, VARIANCES
 from minicache.images import beside, enlargement, grid, labelled, save_gif, save_png, to_tensor, to_uint8
+from minicache.latents import around, suits
 from minicache.metrics import psnr
 from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose_placement, place
 from minicache.plan import FORECASTS
@@ -40,10 +46,12 @@ from minicache.sampling import STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
 from minicache.tools import Parser, prepare_out, run
 from minicache.unet import UNet
-from minicache.words import Prompts
+from minicache.words import Prompts, prompts_for
 
 FLAGS = ("sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power", "forecast")
+ASKED = ("prompt", "prompts", "label", "negative", "guidance", "seed")
 FRAMES = 50  # of an animation, at most
+Finish = Callable[[Tensor], np.ndarray]  # what sampling leaves behind -> uint8 [B, H, W, C]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,9 +68,17 @@ def main(args: argparse.Namespace) -> None:
     if world > 1 and one_picture:
         raise ValueError(f"--out {out}: {world} processes share the work of an .npz or a folder, not of one picture")
     placement = choose_placement(args.device, args.dtype, args.memory_format.replace("-", "_"), COMPILE[args.compile])
-    unet = load(args.ckpt)
+    path = locate(args.ckpt)
+    unet = load(path)
     weights = fingerprint(unet)  # before they change their dtype
-    prompts = prompts_for(args, unet)
+    words, finish = unet.vocabulary, to_uint8
+    if unet.config.adm:  # it draws in latents
+        recipe = recipe if args.plan or args.budget else chosen_recipe(args, suits(unet.config, args.sampler))
+        words, finish = around(path, unet.config, placement.device)
+    asked = {name: getattr(args, name) for name in ASKED}
+    if args.plan and unet.config.context_dim:
+        asked["guidance"] = recipe.guidance
+    prompts = prompts_for(args.ckpt, unet, words, **asked)
     recipe = recipe or recipe_within(args, unet, weights, prompts.guidance)
     recipe = recipe if args.plan else replace(recipe, guidance=prompts.guidance)
     recipe = recipe if args.clip is None else replace(recipe, clip_x0=args.clip)
@@ -74,61 +90,29 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         describe(args, unet, settings, placement)
     if one_picture:
-        show(args, unet, seeds, prompts, settings, out)
+        show(args, unet, seeds, prompts, settings, finish, out)
         return
     made_with = {"weights": weights, **asdict(recipe), "seed": args.seed, "num": args.num,
                  "prompts": prompts.texts, "batch_size": args.batch_size, "torch": torch.__version__,
                  "placement": str(replace(placement, device=torch.device(placement.device.type)))}  # fmt: skip
-    fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings)
+    made_with |= {} if args.negative is None else {"negative": args.negative}  # older sets have no such entry
+    fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings, finish)
 
 
-def chosen_recipe(args: argparse.Namespace) -> Recipe | None:
-    """What the flags or the --plan file say; None for --budget, which needs the network."""
+def chosen_recipe(args: argparse.Namespace, suited: Mapping[str, Any] = MappingProxyType({})) -> Recipe | None:
+    """What the flags (else what is suited) or the --plan file say; None for --budget, which needs the network."""
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.budget is None and args.plan:
         fixed = {"guidance": args.guidance, "clip_x0": args.clip}
         return recipe_from_file(args.plan, **flags, **{k: v for k, v in fixed.items() if v is not None})
     if args.budget is None:
-        return recipe_from(**flags)
+        return recipe_from(**{**suited, **flags})
     if not 0 < args.budget < math.inf:
         raise ValueError(f"--budget {args.budget:g} must be positive and finite")
     if args.plan or flags:
         name = "plan" if args.plan else next(iter(flags))
         raise ValueError(f"--{name} contradicts --budget, which chooses the sampler and the plan")
     return None
-
-
-def prompts_for(args: argparse.Namespace, unet: UNet) -> Prompts:
-    """What the flags ask for, else the network's own examples; ValueError for what it does not understand."""
-    asked = {name: getattr(args, name) for name in ("prompt", "prompts", "label", "guidance")}
-    if unet.config.context_dim is None:
-        for name, value in asked.items():
-            if value is not None:
-                raise ValueError(f"--{name.replace('label', 'class')}: {args.ckpt} cannot be told what to draw")
-        return Prompts([])
-    if unet.vocabulary is None:
-        if unet.config.num_tokens is None:
-            raise ValueError(f"{args.ckpt} takes a context of tokens, which Python alone can give it")
-        if args.prompt or args.prompts or not args.label:
-            raise ValueError(f"{args.ckpt} knows classes, not words: say which with --class")
-        if not all(0 <= label < unet.config.num_tokens for label in args.label):
-            raise ValueError(f"--class {args.label}: the classes are 0..{unet.config.num_tokens - 1}")
-        texts, ids = [f"class {label}" for label in args.label], torch.tensor(args.label)[:, None]
-        return Prompts(texts, ids, args.seed, 1.0 if args.guidance is None else args.guidance)
-    if args.label:
-        raise ValueError(f"--class: {args.ckpt} knows words, not classes: use --prompt")
-    texts = list(args.prompt or ())
-    if args.prompts:
-        texts += [line for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-        if not texts:
-            raise ValueError(f"--prompts {args.prompts} holds no prompt")
-    texts = texts or list(unet.vocabulary.examples)
-    if not texts:
-        if args.guidance is not None:
-            raise ValueError("--guidance needs a --prompt")
-        return Prompts([])
-    guidance = unet.vocabulary.guidance if args.guidance is None else args.guidance
-    return Prompts(texts, unet.vocabulary.encode(*texts), args.seed, guidance)
 
 
 def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: float = 1.0) -> Recipe:
@@ -165,24 +149,26 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
 
 
 def show(
-    args: argparse.Namespace, unet: UNet, seeds: range, prompts: Prompts, settings: dict[str, Any], out: Path
+    args: argparse.Namespace,
+    unet: UNet,
+    seeds: range,
+    prompts: Prompts,
+    settings: dict[str, Any],
+    finish: Finish,
+    out: Path,
 ) -> None:
     """Save a grid or an animation, a prompt under each picture; with --compare, the uncached one on its left."""
     plan, film = settings["plan"], out.suffix == ".gif"
     if args.compare:  # the first pass of each kind prepares kernels, and is not what should be compared
-        draw(
-            unet,
-            seeds[: args.batch_size],
-            args.batch_size,
-            prompts,
-            {**settings, "plan": CachePlan(3, plan.branch, (0,))},
-        )
-    frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, film)
+        warm_up = {**settings, "plan": CachePlan(3, plan.branch, (0,))}
+        draw(unet, seeds[: args.batch_size], args.batch_size, prompts, warm_up, finish)
+    frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, finish, film)
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
-    scale, labels = enlargement(unet.config.image_size), prompts.labels(seeds)
+    scale, labels = enlargement(frames[0].shape[1]), prompts.labels(seeds)
     sheets = [sheet_of(frame, labels, scale) for frame in frames]
     if args.compare:
-        others, longer = draw(unet, seeds, args.batch_size, prompts, {**settings, "plan": uncached(plan.steps)}, film)
+        whole = {**settings, "plan": uncached(plan.steps)}
+        others, longer = draw(unet, seeds, args.batch_size, prompts, whole, finish, film)
         macs = f"{plan.steps / full_passes(unet, plan):.2f}x by MACs"
         print(f"uncached: {longer:.1f} s; measured speed-up {longer / seconds:.2f}x ({macs})")
         print(difference(frames[-1], others[-1]))
@@ -206,10 +192,10 @@ def sheet_of(images: np.ndarray, labels: list[str], scale: int) -> np.ndarray:
     return labelled(images, labels, scale=scale) if labels else grid(images)
 
 
-def fill_set(images: ImageSet, unet: UNet, prompts: Prompts, settings: dict[str, Any]) -> None:
+def fill_set(images: ImageSet, unet: UNet, prompts: Prompts, settings: dict[str, Any], finish: Finish) -> None:
     """Draw what is missing of a folder or an .npz: what an earlier run of the same line has drawn is kept."""
     began = time.perf_counter()
-    drawn = fill(images, lambda shard: draw(unet, shard, len(shard), prompts, settings)[0][-1])
+    drawn = fill(images, lambda shard: draw(unet, shard, len(shard), prompts, settings, finish)[0][-1])
     seconds, seeds, (rank, world) = time.perf_counter() - began, images.seeds, rank_and_world()
     if rank == 0:
         share = f" by the first of {world} processes" if world > 1 else ""
@@ -220,7 +206,13 @@ def fill_set(images: ImageSet, unet: UNet, prompts: Prompts, settings: dict[str,
 
 
 def draw(
-    unet: UNet, seeds: range, batch_size: int, prompts: Prompts, settings: dict[str, Any], film: bool = False
+    unet: UNet,
+    seeds: range,
+    batch_size: int,
+    prompts: Prompts,
+    settings: dict[str, Any],
+    finish: Finish,
+    film: bool = False,
 ) -> tuple[list[np.ndarray], float]:
     """Pictures uint8 [num, H, W, C] in a list (film: of FRAMES states or fewer, the finished ones last); seconds."""
     began = time.perf_counter()
@@ -229,13 +221,13 @@ def draw(
         shown = range(steps - 1, -1, -math.ceil(steps / FRAMES))
         batches = [seeds[k : k + batch_size] for k in range(0, len(seeds), batch_size)]
         films = [
-            [to_uint8(step.x) for step in denoise(unet, b, **prompts.context(b), **settings) if step.i in shown]
+            [finish(step.x) for step in denoise(unet, b, **prompts.context(b), **settings) if step.i in shown]
             for b in batches
         ]
         frames = [np.concatenate(parts) for parts in zip(*films)]
     else:
         settings = {**settings, **prompts.context(seeds)}
-        frames = [to_uint8(sample(unet, seeds, batch_size=batch_size, progress=True, **settings))]
+        frames = [finish(sample(unet, seeds, batch_size=batch_size, progress=True, **settings))]
     return frames, time.perf_counter() - began
 
 
@@ -251,6 +243,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what to draw").add_argument
     add("--prompt", action="append", help="may stand several times: picture i shows prompt i modulo their number")
     add("--prompts", metavar="FILE", help="a prompt a line")
+    add("--negative", metavar="PROMPT", help="what guidance leads away from; default: from no prompt")
     add("--class", dest="label", type=int, action="append", metavar="N", help="for networks of classes; like --prompt")
     add(
         "--guidance", type=float, help="how strictly to follow it, 0 to 100; 1 is none; default: what suits the network"

@@ -8,20 +8,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import pickle
-import zipfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minicache.diffusion import Diffusion
-from minicache.files import cache_folder, fetch, replacing
+from minicache.files import cache_folder, digest, fetch, replacing
 from minicache.placement import choose_placement, place
+from minicache.tensors import read_file, write
 from minicache.unet import UNet, UNetConfig
 from minicache.words import Vocabulary
 
@@ -33,7 +32,7 @@ class Entry:
     """A checkpoint on the network."""
 
     url: str
-    checksum: str  # algorithm:hex, as published
+    checksum: str | None  # algorithm:hex, as published; None: no hash is
     megabytes: int
     ema: bool  # averaged weights: the ones that draw well
     golden: str | None  # in golden_ddpm_logits.json
@@ -50,7 +49,8 @@ def embedded_folder() -> Path:
 
 
 EMBEDDED = ("emoji", "tiny_cifar10")
-# Google's files on the hub where those are the ones wanted, else P. Esser's conversions (pesser/pytorch_diffusion).
+# Google's files on the hub where those are the ones wanted, else P. Esser's conversions (pesser/pytorch_diffusion); and
+# CompVis' LDM-4-G, and of Stable Diffusion the U-Net alone: what else it needs, other packages read from other files.
 REGISTRY = {name: Entry(**row) for name, row in json.loads((embedded_folder() / "registry.json").read_text()).items()}
 # The networks of Ho et al.: CIFAR-10 (35.7M parameters), and CelebA-HQ and LSUN at 256x256 (113.7M).
 CIFAR10 = UNetConfig(image_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), dropout=0.1)
@@ -65,12 +65,20 @@ PRESETS = {"cifar10": CIFAR10, "lsun_256": LSUN_256, "ldm_imagenet": LDM_IMAGENE
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """A name -> its verified file, downloaded if need be; a path -> itself. ValueError for what is neither."""
+    """A name -> its file, downloaded if need be; a path -> itself. ValueError for what is neither.
+
+    The file of a name is verified; where no hash is published, a warning says so.
+    """
     name = str(name_or_path)
     if name in EMBEDDED:
         return embedded_folder() / f"{name}.pt"
     if name in REGISTRY:
-        return fetch(REGISTRY[name].url, REGISTRY[name].path(name), REGISTRY[name].checksum)
+        entry = REGISTRY[name]
+        path = fetch(entry.url, entry.path(name), entry.checksum)
+        if entry.checksum is None:
+            its = f"its sha256 is {digest(path, 'sha256')}"
+            warnings.warn(f"{path} is not verified: no hash of {entry.url} is published; {its}", stacklevel=2)
+        return path
     if Path(name).exists():
         return Path(name)
     names = [*EMBEDDED, *REGISTRY]
@@ -170,40 +178,6 @@ def refuse_idle(path: Path, **settings: int | None) -> None:
         raise ValueError(f"{path} says this itself: leave out {' and '.join(said)}")
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """What a file holds, loaded without running any code from it; ValueError where it cannot be."""
-    if not path.exists():
-        raise ValueError(f"there is no file or folder {path}")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as variables:
-                content = dict(variables)
-        elif path.suffix == ".safetensors":
-            content = _read_safetensors(path)
-        else:
-            mapped = zipfile.is_zipfile(path)  # read where it is needed; torch < 1.6 wrote files that cannot be
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (ImportError, MemoryError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    except pickle.UnpicklingError:  # whose message advises to load it unsafely
-        raise ValueError(f"{path} cannot be read as a checkpoint: it holds something else than tensors") from None
-    except Exception as error:  # what a damaged file makes torch and zipfile raise has many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}"
-        raise ValueError(message) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a state dict: it holds a {type(content).__name__}")
-    return content
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ImportError("reading .safetensors needs the package: pip install safetensors") from None
-    return load_file(path)
-
-
 def build(
     path: Path,
     config: UNetConfig,
@@ -286,12 +260,3 @@ def diffusion_of(unet: UNet) -> Diffusion:
     if unet.diffusion is None:
         raise ValueError("the network has no .diffusion: set it to the Diffusion(...) that it was trained with")
     return unet.diffusion
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """torch.save, but a full disk is an OSError; torch itself reports an internal error."""
-    with open(path, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None

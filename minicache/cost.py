@@ -1,7 +1,9 @@
 """What a plan costs: multiply-accumulates and bytes, counted on the meta device, where nothing is computed.
 
-Conventions: for one image; MACs are those of convolutions and linear layers, as in the papers (attention's two matrix
-products are reported apart); activations are float32; a context has as many tokens as a prompt.
+Conventions: for one image; MACs are those of convolutions and linear layers, as in the papers. The two products of
+attention, q k and attention v, are reported apart: N K C MACs each, of N pixels with K pixels or tokens in C channels.
+Activations are float32; attention's N x K matrix is among them, which a fused kernel never holds. A context has as
+many tokens as a prompt: the length of the vocabulary, 1 where it is a class, else CLIP's 77.
 """
 
 from __future__ import annotations

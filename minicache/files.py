@@ -49,14 +49,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MINICACHE_HOME") or Path.home() / ".cache" / "minicache")
 
 
-def fetch(url: str, path: Path, checksum: str) -> Path:
-    """Download url to path, unless it is there; checksum is "algorithm:hex". Continues what was interrupted.
+def fetch(url: str, path: Path, checksum: str | None) -> Path:
+    """Download url to path, unless it is there; checksum is "algorithm:hex", or None where none is published.
+
+    Continues what was interrupted.
 
     Raises ConnectionError (with what to do by hand) where the network fails, ValueError where the hash differs.
     """
-    algorithm, expected = checksum.split(":")
+    algorithm, expected = (checksum or ":").split(":")
     if path.exists():
-        if digest(path, algorithm) != expected:
+        if checksum and digest(path, algorithm) != expected:
             raise ValueError(f"{path} has not the {algorithm} {expected} of {url}; remove it, or put the right file")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,7 @@ def fetch(url: str, path: Path, checksum: str) -> Path:
         raise ConnectionError(
             f"cannot download {path.name} ({reason}); get {url} by hand and put it at {path}"
         ) from None
-    if digest(part, algorithm) != expected:
+    if checksum and digest(part, algorithm) != expected:
         part.unlink()
         raise ValueError(f"what {url} sent has not the {algorithm} {expected}, and was thrown away")
     os.replace(part, path)

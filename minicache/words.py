@@ -1,4 +1,4 @@
-"""Words to ids: what a network that was trained on captions understands."""
+"""Words to ids: what a network that was trained on captions understands, and what is asked of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from minicache.unet import UNet
 
 
 def words_in(caption: str) -> list[str]:
@@ -58,19 +61,82 @@ class Vocabulary:
         return ids
 
 
+CLASS_GUIDANCE = 1.5  # that suits LDM-4-G, unless another is asked for
+
+
 class Prompts(NamedTuple):
-    """What is to be drawn: the picture of seed `first + i` shows prompt i modulo their number. No ids: no context."""
+    """What is to be drawn: the picture of seed `first + i` shows prompt i modulo their number. No rows: no context."""
 
     texts: list[str]
-    ids: Tensor | None = None  # [number of prompts, K]
+    rows: Tensor | None = None  # [number of prompts, K] ids, or tokens [number of prompts, K, context_dim]
     first: int = 0
     guidance: float = 1.0
+    negative: Tensor | None = None  # [1, ...], what guidance leads away from; None: the null context
 
     def context(self, seeds: Iterable[int]) -> dict[str, Tensor]:
-        """Keyword arguments for `sample` and `denoise`: the ids of each seed's prompt, or none."""
-        rows = [(seed - self.first) % len(self.texts) for seed in seeds] if self.texts else []
-        return {} if self.ids is None else {"context": self.ids[rows]}
+        """Keyword arguments for `sample` and `denoise`: the context of each seed's prompt, and the negative one."""
+        which = [(seed - self.first) % len(self.texts) for seed in seeds] if self.texts else []
+        contexts = {"context": None if self.rows is None else self.rows[which], "negative": self.negative}
+        return {name: context for name, context in contexts.items() if context is not None}
 
     def labels(self, seeds: Iterable[int]) -> list[str]:
         """The prompt of each seed."""
         return [self.texts[(seed - self.first) % len(self.texts)] for seed in seeds] if self.texts else []
+
+
+def prompts_for(
+    name: str,
+    unet: UNet,
+    words: Any,
+    *,
+    prompt: list[str] | None = None,
+    prompts: str | Path | None = None,
+    label: list[int] | None = None,
+    negative: str | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+) -> Prompts:
+    """What is asked for by sample.py's flags, else the network's own examples.
+
+    name: the network's. words: what it understands, a Vocabulary or its like; None: nothing, or classes. prompts: a
+    file of a prompt a line. seed: of the first picture. ValueError for what the network does not understand.
+    """
+    asked = {"prompt": prompt, "prompts": prompts, "class": label, "negative": negative, "guidance": guidance}
+    flag = next((flag for flag, value in asked.items() if value is not None), None)
+    if unet.config.context_dim is None:
+        if flag:
+            raise ValueError(f"--{flag}: {name} cannot be told what to draw")
+        return Prompts([])
+    if words is None:
+        if unet.config.num_tokens is None:
+            raise ValueError(f"{name} takes a context of tokens, which Python alone can give it")
+        if prompt or prompts or negative or not label:
+            raise ValueError(f"{name} knows classes, not words: say which with --class")
+        return Prompts(*classes(label, unet.config.num_tokens), seed, CLASS_GUIDANCE if guidance is None else guidance)
+    if label:
+        raise ValueError(f"--class: {name} knows words, not classes: use --prompt")
+    texts = [*(prompt or ()), *(lines_of(prompts) if prompts else ())] or list(words.examples)
+    if not texts:
+        if flag:
+            raise ValueError(f"--{flag} needs a --prompt")
+        return Prompts([])
+    guidance = words.guidance if guidance is None else guidance
+    if negative is None and unet.config.num_tokens is None and guidance != 1:
+        negative = ""  # there is no null token, but an empty prompt
+    away = None if negative is None else words.encode(negative)
+    return Prompts(texts, words.encode(*texts), seed, guidance, away)
+
+
+def classes(labels: list[int], number: int) -> tuple[list[str], Tensor]:
+    """What to write under pictures of these classes, and their ids [B, 1]; ValueError for a class that there is not."""
+    if not all(0 <= label < number for label in labels):
+        raise ValueError(f"--class {labels}: the classes are 0..{number - 1}")
+    return [f"class {label}" for label in labels], torch.tensor(labels)[:, None]
+
+
+def lines_of(path: str | Path) -> list[str]:
+    """The lines of a file of prompts that hold one; ValueError where none does."""
+    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts {path} holds no prompt")
+    return lines

@@ -52,6 +52,7 @@ def random_unet(config: UNetConfig = SMALL) -> UNet:
     return unet.eval()
 
 
+@cache
 def compvis(name: str) -> tuple[dict[str, np.ndarray], UNetConfig, Diffusion, dict[str, torch.Tensor]]:
     """Outputs of CompVis' code (golden/README.md), the network that gave them, and its weights by their names."""
     golden = dict(np.load(GOLDEN / f"compvis_{name}_16px.npz"))
@@ -59,7 +60,8 @@ def compvis(name: str) -> tuple[dict[str, np.ndarray], UNetConfig, Diffusion, di
     size, classes = meta["latent_size"], meta.get("classes")
     config = UNetConfig(
         size, meta["model_channels"], meta["channel_mult"], meta["num_res_blocks"],
-        [size // factor for factor in meta["attention_factors"]], meta["channels"], meta["channels"],
+        sorted((size // factor for factor in meta["attention_factors"]), reverse=True), meta["channels"],
+        meta["channels"],
         context_dim=meta["context_dim"], heads=meta["heads"], num_tokens=classes, null_token=(classes or 1) - 1,
         adm=True,
     )  # fmt: skip

@@ -86,6 +86,16 @@ def test_download_of_something_else_is_thrown_away(server, tmp_path):
         fetch(f"{server.url}/file", tmp_path / "file.bin", CHECKSUM)
 
 
+def test_a_file_whose_hash_nobody_published_is_taken_with_a_warning(server, tmp_path, monkeypatch):
+    """It says what the file's own hash is; downloaded, or put there by hand."""
+    monkeypatch.setenv("MINICACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(REGISTRY, "unpublished", Entry(f"{server.url}/model.ckpt", None, 1, True, None))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"not verified.*{CHECKSUM.split(':')[1]}"):
+            assert locate("unpublished") == tmp_path / "unpublished.ckpt"
+    assert (tmp_path / "unpublished.ckpt").read_bytes() == CONTENT and server.starts == [0]
+
+
 def test_offline_error_says_what_to_do(server, tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match="Not Found"):
         fetch(f"{server.url}/missing", tmp_path / "file.bin", CHECKSUM)
@@ -101,9 +111,13 @@ def test_offline_error_says_what_to_do(server, tmp_path, monkeypatch):
 def test_registry_is_complete():
     names = [f"ddpm_{kind}{ema}" for kind in ("cifar10", "celebahq_256", "church_256", "bedroom_256", "cat_256")
              for ema in ("", "_ema")]  # fmt: skip
-    assert sorted(REGISTRY) == sorted(names)
+    latent = ["ldm_imagenet", "sd15"]  # conditional: other numbers, of other papers
+    assert sorted(REGISTRY) == sorted([*names, *latent])
     golden = json.loads((ROOT / "weights" / "golden_ddpm_logits.json").read_text())
-    for name, entry in REGISTRY.items():
+    assert [name for name, entry in REGISTRY.items() if entry.checksum is None] == ["ldm_imagenet"]
+    assert re.fullmatch("sha256:[0-9a-f]{64}", REGISTRY["sd15"].checksum)
+    for name in names:
+        entry = REGISTRY[name]
         algorithm, digest = entry.checksum.split(":")
         assert re.fullmatch("[0-9a-f]+", digest) and len(digest) == {"sha256": 64, "md5": 32}[algorithm]
         assert entry.ema == name.endswith("_ema") and (entry.golden is None or len(golden[entry.golden]) == 30)

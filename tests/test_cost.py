@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minicache import CIFAR10, LSUN_256, CachePlan, UNet, UNetConfig, uncached, uniform
+from minicache import CIFAR10, LDM_IMAGENET, LSUN_256, SD_15, CachePlan, UNet, UNetConfig, uncached, uniform
 from minicache.cost import cache_bytes, macs, pass_cost, plan_macs, weight_bytes
 from minicache.recipe import recipe_from
 from minicache.tools.cost import main, parse
@@ -47,6 +47,33 @@ def test_256_networks():
     assert macs(unet) / 1e9 == pytest.approx(248.2, abs=0.05)
     assert macs(unet, 3) / 1e9 == pytest.approx(132.5, abs=0.05)
     assert plan_macs(unet, uniform(100, 5)) / 100e9 == pytest.approx(156.0, rel=0.01)
+
+
+def test_paper_table_of_ldm_imagenet():
+    """DeepCache's LDM-4-G, 250 steps: 99.82G in full, and 52.12, 36.48, 23.50, 13.97, 9.39 a step; by our branch 1."""
+    unet = meta(LDM_IMAGENET)
+    assert macs(unet) / 1e9 == pytest.approx(99.77, abs=0.01) and macs(unet, 1) / 1e9 == pytest.approx(4.422, abs=1e-3)
+    for interval, published in ((2, 52.12), (3, 36.48), (5, 23.50), (10, 13.97), (20, 9.39)):
+        assert plan_macs(unet, uniform(250, interval, branch=1)) / 250e9 == pytest.approx(published, rel=2e-3)
+
+
+def test_paper_table_of_stable_diffusion():
+    """338.83G in full. The 130.45G printed for N = 5 fits no branch at N = 5; it is branch 2's at N = 4."""
+    unet = meta(SD_15)
+    assert macs(unet) / 1e9 == pytest.approx(338.61, abs=0.01)
+    assert macs(unet, 2) / 1e9 == pytest.approx(57.254, abs=1e-3)
+    a_step = {(N, branch): plan_macs(unet, uniform(50, N, branch)) / 50e9 for N in (4, 5) for branch in range(1, 13)}
+    assert a_step[5, 2] == pytest.approx(113.53, abs=0.01) and a_step[4, 2] == pytest.approx(130.45, rel=1e-3)
+    assert not any(abs(a_step[5, branch] / 130.45 - 1) < 0.1 for branch in range(1, 13))
+
+
+def test_attention_of_latent_networks():
+    """The two products of pixels with pixels, and with the tokens of a context: 77 of a prompt, or one class."""
+    assert pass_cost(meta(LDM_IMAGENET)).attention_macs / 1e9 == pytest.approx(4.457, abs=1e-3)
+    assert pass_cost(meta(SD_15)).attention_macs / 1e9 == pytest.approx(63.026, abs=1e-3)
+    sides = {64: (320, 5), 32: (640, 5), 16: (1280, 5), 8: (1280, 1)}  # pixels a side: channels, Transformers
+    expected = sum(count * 2 * side**2 * (side**2 + 77) * channels for side, (channels, count) in sides.items())
+    assert pass_cost(meta(SD_15)).attention_macs == expected
 
 
 def test_attention_is_reported_apart(cifar10):
@@ -94,6 +121,9 @@ def test_command(capsys):
     assert sum(line.endswith(" <") for line in out.splitlines()) == 1
     main(parse(["--ckpt", "ddpm_church_256_ema", "--branch", "3", "--forecast", "linear"]))  # not on disk
     assert "full pass 248.174 GMACs" in (out := capsys.readouterr().out) and "cache 67.109 MB an image" in out
+    for name, words in (("sd15", "full pass 338.611 GMACs"), ("ldm_imagenet", "full pass 99.770 GMACs")):
+        main(parse(["--ckpt", name, "--branch", "1"]))
+        assert words in capsys.readouterr().out
     with pytest.raises(ValueError, match="branch=13"):
         main(parse(["--ckpt", "cifar10", "--branch", "13"]))
 

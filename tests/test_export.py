@@ -64,3 +64,5 @@ def test_a_network_with_a_context_is_refused():
     """Its graphs would know the null context alone, without a word."""
     with pytest.raises(ValueError, match="takes a context"):
         export.programs(UNet(UNetConfig(2, 32, (1,), 1, (), context_dim=8, num_tokens=5)), 1)
+    with pytest.raises(ValueError, match="takes a context"):  # and not: cannot download
+        export.main(export.parse(["--ckpt", "sd15", "--format", "pt2", "--out", "x"]))

@@ -355,6 +355,18 @@ def test_without_a_prompt_the_examples_are_drawn_with_the_guidance_that_suits(wo
     assert np.abs(images.astype(int) - to_uint8(expected)).max() <= 1
 
 
+def test_guidance_leads_away_from_the_negative_prompt(worded, tmp_path):
+    flags = ["--ckpt", worded, "--prompt", "cat", "--num", "2", "--guidance", "3"]
+    images = drawn(tmp_path / "a.npz", *flags, "--negative", "red face")
+    unet = load(worded)
+    context, negative = unet.vocabulary.encode("cat", "cat"), unet.vocabulary.encode("red face")
+    expected = sample_images(unet, range(2), context=context, negative=negative, guidance=3.0, plan=uniform(4, 5, 1))
+    assert np.abs(images.astype(int) - to_uint8(expected)).max() <= 1
+    assert np.abs(images.astype(int) - drawn(tmp_path / "b.npz", *flags)).max() > 1
+    with pytest.raises(ValueError, match="choose another --out"):
+        drawn(tmp_path / "b.npz", *flags, "--negative", "red face")
+
+
 @pytest.mark.parametrize("ending", ["png", "gif"])
 def test_sheets_with_prompts_under_them(worded, tmp_path, ending):
     out = tmp_path / f"sheet.{ending}"
@@ -374,6 +386,8 @@ def test_sheets_with_prompts_under_them(worded, tmp_path, ending):
         (["--prompt", "cat", "--guidance", "-1"], r"guidance=-1.0 must be a number in 0..100"),
         (["--prompt", "cat", "--guidance", "nan"], "guidance=nan"),
         (["--prompts", "nowhere.txt"], "No such file"),
+        (["--negative", "dog"], "has not learned the word 'dog'"),
+        (["--negative", "red", "--guidance", "1"], "negative context needs a guidance other than 1"),
     ],
 )
 def test_wrong_prompts(worded, tmp_path, flags, words):
@@ -382,7 +396,7 @@ def test_wrong_prompts(worded, tmp_path, flags, words):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [["--prompt", "cat"], ["--guidance", "3"], ["--class", "3"]])
+@pytest.mark.parametrize("flags", [["--prompt", "cat"], ["--negative", "cat"], ["--guidance", "3"], ["--class", "3"]])
 def test_a_network_without_words_refuses_prompts(tmp_path, flags):
     with pytest.raises(ValueError, match=f"{flags[0]}: tiny_cifar10 cannot be told what to draw"):
         main(parse(["--ckpt", "tiny_cifar10", *flags, "--out", str(tmp_path / "x.png")]))

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.checkpoints import embedded_folder, write
+from minicache.checkpoints import embedded_folder
 from minicache.data import labelled
 from minicache.files import replacing
 from minicache.images import to_tensor
 from minicache.placement import choose_device, fastest_dtype
+from minicache.tensors import write
 from minicache.tools import Parser, at_least
 
 FEATURES = 128

@@ -2,6 +2,7 @@
 
 python -m minicache convert model-790000.ckpt cifar10.pt
 python -m minicache convert runs/shapes/last.pt my_unet --to diffusers
+python -m minicache convert v1-5-pruned-emaonly.safetensors sd15/unet --to diffusers
 python -m minicache convert mine.bin mine.pt --image-size 32 --groups 8 --beta-end 0.02     # a bare state dict
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+import torch
 
 from minicache.checkpoints import fingerprint, locate, read, save
 from minicache.diffusion import VARIANCES, Diffusion
@@ -24,7 +27,8 @@ def main(args: argparse.Namespace) -> None:
     settings = {"image_size": args.image_size, "groups": args.groups, "raw": args.raw}
     if args.half and args.to != "minicache":
         raise ValueError("--half is for minicache's own format")
-    unet = read(locate(args.src), diffusion=diffusion, **settings)
+    dtype = torch.float16 if args.half else torch.float32
+    unet = read(locate(args.src), diffusion=diffusion, dtype=dtype, **settings)
     if args.to == "diffusers":
         save_diffusers(args.dst, unet)
     elif args.dst.suffix in (".safetensors", ".npz", ".bin"):
@@ -43,9 +47,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--to", choices=("minicache", "diffusers"), default="minicache", help="(default: minicache)")
     parser.add_argument("--half", action="store_true", help="minicache: store float16, half the size")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--ema", action="store_true", help="TensorFlow .npz: the moving averages (default)")
-    which.add_argument("--raw", action="store_true", help="TensorFlow .npz: the raw variables")
-    add = parser.add_argument_group("what a bare state dict does not tell (unless it is of Ho et al.)").add_argument
+    which.add_argument("--ema", action="store_true", help="TensorFlow's and CompVis': the averages (default)")
+    which.add_argument("--raw", action="store_true", help="TensorFlow's and CompVis': the raw weights")
+    bare = "what a bare state dict does not tell (unless it is a published network's)"
+    add = parser.add_argument_group(bare).add_argument
     add("--image-size", type=int, metavar="PIXELS", help="a side")
     add("--groups", type=int, help="of its GroupNorms")
     add("--beta-end", type=float, help="of the noise schedule that it was trained with")

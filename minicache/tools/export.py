@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from minicache.checkpoints import fingerprint, load
+from minicache.checkpoints import REGISTRY, fingerprint, load, shape_of
 from minicache.files import replacing
 from minicache.tools import Parser
 from minicache.unet import UNet
@@ -40,11 +40,15 @@ class Graph(nn.Module):
         return self.pass_(*inputs)
 
 
+def refuse_context(unet: UNet) -> None:
+    if unet.config.context_dim:
+        raise ValueError("this network takes a context, for which the exported graphs have no input")
+
+
 @torch.no_grad()
 def programs(unet: UNet, branch: int) -> dict[str, ExportedProgram]:
     """full and partial, for any batch size; ValueError for a network that takes a context."""
-    if unet.config.context_dim:
-        raise ValueError("this network takes a context, for which the exported graphs have no input")
+    refuse_context(unet)
     size, C = unet.config.image_size, unet.config.in_channels
     cached_U = torch.zeros(2, *unet.cached_shape(branch, size, size))
     x, t, B = torch.zeros(2, C, size, size), torch.tensor([500]), {0: Dim("B")}
@@ -77,6 +81,8 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--format onnx needs {error.name}: pip install 'minicache[onnx]'") from None
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
+    if args.ckpt in REGISTRY:
+        refuse_context(shape_of(args.ckpt))  # before it is downloaded
     unet = load(args.ckpt, memory_format="contiguous")
     size = unet.config.image_size
     unet.cached_shape(args.branch, size, size)  # a branch that is not there is said now

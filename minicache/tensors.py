@@ -1,0 +1,73 @@
+"""Files of tensors: read without running any code from them, and written without a second copy in memory."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+LIGHTNING = ("pytorch_lightning.", "lightning.")
+
+
+class Inert:
+    """Stands for a class of Lightning's that a checkpoint of its names beside the tensors; nothing of it is run."""
+
+    def __init__(self, *_: Any):
+        pass
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a file holds, loaded without running any code from it; ValueError where it cannot be.
+
+    Where the format allows it, tensors are mapped: they take memory only once they are read.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no file or folder {path}")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as variables:
+                content = dict(variables)
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = _load_pickle(path)
+    except ImportError:
+        raise ValueError(f"{path}: reading .safetensors needs the package: pip install safetensors") from None
+    except MemoryError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except pickle.UnpicklingError:  # whose message advises to load it unsafely
+        strip = f"torch.save({{'state_dict': torch.load({str(path)!r}, weights_only=False)['state_dict']}}, 'new.ckpt')"
+        message = f"{path} cannot be read as a checkpoint: it holds something else than tensors; if you trust whoever"
+        raise ValueError(f"{message} wrote it, keep the tensors alone: {strip}") from None
+    except Exception as error:  # what a damaged file makes torch and zipfile raise has many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}"
+        raise ValueError(message) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a state dict: it holds a {type(content).__name__}")
+    return content
+
+
+def _load_pickle(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)  # torch < 1.6 wrote files that cannot be
+    names = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])  # torch >= 2.6
+    others = [(Inert, name) for name in (names(path) if mapped else []) if name.startswith(LIGHTNING)]
+    if not others:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    with torch.serialization.safe_globals(others):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """torch.save, but a full disk is an OSError; torch itself reports an internal error."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
