@@ -12,16 +12,17 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minicache.metrics import relative_l2
 from minicache.plan import CachePlan
-from minicache.samplers import Point, Sampler, combine, step_along
+from minicache.samplers import Point, Sampler, step_along
 from minicache.sampling import Network, denoise
 from minicache.solver import Solver
 
-FINE = 200  # steps of a path
+FINEST = {"steps": 400, "sampler": "dpm++2m", "spacing": "rho4"}  # a path; half as many steps change images by 0.0003
 LAGS = 8  # eps that a fitted step weighs, at most
 KNOTS = 12  # timesteps that a sweep shifts; more steps move along with them
 SWEEPS = 4
@@ -41,7 +42,7 @@ class Path:
     def __init__(self, unet: Network, **where: Any):
         alpha_bar, x, s, y, eps = unet.diffusion.alpha_bar, None, [], [], []
         self.where = where
-        for step in denoise(unet, steps=FINE, sampler="dpm++2m", spacing="rho4", **where):
+        for step in denoise(unet, **FINEST, **where):
             a = alpha_bar(step.t)
             x = sqrt(a) * step.x0 + sqrt(1 - a) * step.eps
             s, y, eps = [*s, noise_level(a)], [*y, x / sqrt(a)], [*eps, step.eps]
@@ -78,7 +79,7 @@ class Fitting(Solver):
         weights = torch.linalg.solve(A + RIDGE * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype), E @ short)
         weights[0] += 1
         self.found.append(tuple(weights.tolist()))
-        return step_along(combine(self.found[-1], eps), now, a_next)
+        return step_along(torch.tensordot(weights.to(eps), eps, 1), now, a_next)
 
 
 class Forecasting(torch.nn.Module):
@@ -123,6 +124,23 @@ def fitted(unet: Network, path: Path, t: Sequence[float], plan: CachePlan, name:
     return Fit(solver, replace(plan, alpha=network.alpha), relative_l2(last.x, path.image).mean().item())
 
 
+def forecast(unet: Network, **settings: Any) -> CachePlan:
+    """The plan, whose alphas are fitted to the sampler and the steps that it is in; settings: of `denoise`."""
+    network = Forecasting(unet)
+    for _ in denoise(network, **settings):
+        pass
+    return replace(settings["plan"], alpha=tuple(network.alpha))
+
+
+def nested(full: int, partial: int) -> CachePlan:
+    """`full` full steps at branch 1, and as many partial ones, spread evenly between them."""
+    gaps = [0] * full  # how many partial steps follow each full one: none the first, where no two features are known
+    for k in range(partial):
+        gaps[1 + k * (full - 1) // partial] += 1
+    refresh = [sum(gaps[:k]) + k for k in range(full)]
+    return CachePlan(full + partial, 1, tuple(refresh))
+
+
 def search(
     unet: Network, path: Path, plan: CachePlan, rho: float, sweeps: int = SWEEPS, name: str = "fitted"
 ) -> Iterator[Fit]:
@@ -132,8 +150,10 @@ def search(
     shifts are halved when they help no longer.
     """
     diffusion = unet.diffusion
-    t = diffusion.timesteps(plan.steps, f"rho{rho:g}")
-    u = [noise_level(diffusion.alpha_bar(each)) ** (1 / rho) for each in t]
+    full = diffusion.timesteps(len(plan.refresh), f"rho{rho:g}")
+    known = [*(noise_level(diffusion.alpha_bar(each)) ** (1 / rho) for each in full), 0.0]
+    u = np.interp(range(plan.steps), [*plan.refresh, plan.steps], known).tolist()  # partial steps evenly between
+    t = [diffusion.timestep(1 / (1 + v ** (2 * rho))) for v in u]
     yield (best := fitted(unet, path, t, plan, name))
     S, size = plan.steps, 0.25
     width = max(1.0, (S - 1) / KNOTS)
@@ -152,7 +172,7 @@ def search(
 
 
 def shifted(u: list[float], center: float, size: float, width: float) -> list[float]:
-    """u, which falls, with a hat of this width: at its top u is `size` of the way to the neighbour before (or after)."""
+    """u, which falls, plus a hat of this width, whose top is `size` of the way to the neighbour before (or after)."""
     moved = list(u)
     for j in range(1, len(u)):
         share = size * max(0.0, 1 - abs(j - center) / width)

@@ -1,16 +1,17 @@
-"""A deterministic sampler as a table of numbers: the timesteps it visits, and how it weighs the eps that it has seen."""
+"""A deterministic sampler as a table of numbers: the timesteps it visits, and how it weighs the eps it has seen."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from minicache.diffusion import Diffusion
-from minicache.samplers import SAMPLERS, Point, Sampler, combine, predict_x0, step_along
+from minicache.samplers import SAMPLERS, Point, Sampler, predict_x0, step_along
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Solver:
         numbers = [*t, *(weight for row in rows for weight in row)]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("a solver's t and weights must be finite numbers")
-        if not t or any(a <= b for a, b in zip(t, t[1:])) or not (0 <= t[-1] and 0 < t[0]):
+        if not t or any(a <= b for a, b in pairwise(t)) or not (0 <= t[-1] and 0 < t[0]):
             raise ValueError(f"a solver's timesteps must fall from above 0 to 0 at the least, unlike {t}")
         if len(rows) != len(t) or not all(1 <= len(row) <= j + 1 for j, row in enumerate(rows)):
             raise ValueError(f"a solver of {len(t)} steps needs a row of weights for each, of 1 to j + 1 in step j")
@@ -49,7 +50,7 @@ class Solver:
 
     def step(self, now: Point, past: Sequence[Point], a_next: float) -> Tensor:
         eps = (now.eps, *(point.eps for point in past))
-        return step_along(combine(self.weights[now.i], eps), now, a_next)
+        return step_along(sum(w * each for w, each in zip(self.weights[now.i], eps)), now, a_next)
 
 
 def tabulated(sampler: str, t: Sequence[float], diffusion: Diffusion) -> Solver:
@@ -63,7 +64,7 @@ def tabulated(sampler: str, t: Sequence[float], diffusion: Diffusion) -> Solver:
     unit = torch.eye(S + 1, dtype=torch.float64)  # y_0, eps_0, eps_1, ...
     alphas, rows, past = [*map(diffusion.alpha_bar, t), 1.0], [], []
     x = unit[0] * math.sqrt(alphas[0])
-    for j, (a, a_next) in enumerate(zip(alphas, alphas[1:])):
+    for j, (a, a_next) in enumerate(pairwise(alphas)):
         y, s, s_next = x / math.sqrt(a), *(math.sqrt((1 - each) / each) for each in (a, a_next))
         now = Point(a, x, unit[j + 1], predict_x0(x, unit[j + 1], a), i=j)
         now = entry.correct(now, past) if entry.correct and past else now
