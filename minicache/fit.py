@@ -134,9 +134,11 @@ def forecast(unet: Network, **settings: Any) -> CachePlan:
 
 def nested(full: int, partial: int) -> CachePlan:
     """`full` full steps at branch 1, and as many partial ones, spread evenly between them."""
-    gaps = [0] * full  # how many partial steps follow each full one: none the first, where no two features are known
+    gaps = [
+        0
+    ] * full  # how many partial steps follow each full one: none the first, which knows one feature, nor the last
     for k in range(partial):
-        gaps[1 + k * (full - 1) // partial] += 1
+        gaps[1 + k * (full - 2) // partial] += 1
     refresh = [sum(gaps[:k]) + k for k in range(full)]
     return CachePlan(full + partial, 1, tuple(refresh))
 
@@ -151,8 +153,9 @@ def search(
     """
     diffusion = unet.diffusion
     full = diffusion.timesteps(len(plan.refresh), f"rho{rho:g}")
-    known = [*(noise_level(diffusion.alpha_bar(each)) ** (1 / rho) for each in full), 0.0]
-    u = np.interp(range(plan.steps), [*plan.refresh, plan.steps], known).tolist()  # partial steps evenly between
+    known = [noise_level(diffusion.alpha_bar(each)) ** (1 / rho) for each in full]
+    least = known[-1]
+    u = np.interp(range(plan.steps), plan.refresh, known).tolist()  # partial steps evenly between
     t = [diffusion.timestep(1 / (1 + v ** (2 * rho))) for v in u]
     yield (best := fitted(unet, path, t, plan, name))
     S, size = plan.steps, 0.25
@@ -161,7 +164,7 @@ def search(
         before = best.error
         for center in torch.arange(S - 1, 0, -width).tolist():
             for sign in (1, -1):
-                moved = shifted(u, center, sign * size, width)
+                moved = shifted(u, center, sign * size, width, least)
                 tried = fitted(unet, path, [diffusion.timestep(1 / (1 + v ** (2 * rho))) for v in moved], plan, name)
                 if tried.error < best.error:
                     best, u = tried, moved
@@ -171,11 +174,11 @@ def search(
             size /= 2
 
 
-def shifted(u: list[float], center: float, size: float, width: float) -> list[float]:
+def shifted(u: list[float], center: float, size: float, width: float, least: float) -> list[float]:
     """u, which falls, plus a hat of this width, whose top is `size` of the way to the neighbour before (or after)."""
     moved = list(u)
     for j in range(1, len(u)):
         share = size * max(0.0, 1 - abs(j - center) / width)
-        neighbour = u[j - 1] if share > 0 else u[j + 1] if j + 1 < len(u) else 0.0
+        neighbour = u[j - 1] if share > 0 else u[j + 1] if j + 1 < len(u) else least
         moved[j] += abs(share) * (neighbour - u[j])
     return moved
