@@ -87,7 +87,7 @@ def test_the_other_style_counts(folder, monkeypatch):
 
 
 def test_plans_are_judged(folder, monkeypatch, tmp_path):
-    Recipe(CachePlan(6, 1, (0, 4)), "plms", guidance=1.0).save(tmp_path / "plan.json")
+    Recipe(CachePlan(6, 1, (0, 4)), "plms", "linspace", guidance=1.0).save(tmp_path / "plan.json")
     painter, rows = run(monkeypatch, folder, "--plan", tmp_path / "plan.json", "--num", 1)
     assert [rows[name][0] for name in ("held out", "trained")] == ["1", "1"]
     passes = [(1, "full" if i in (0, 4) else "partial") for i in range(6)]

@@ -86,10 +86,14 @@ def test_float64_is_for_the_cpu_alone():
 
 
 def test_one_graph_for_full_and_one_for_partial_whatever_the_plan(graphs):
-    """torch.compile traces each once: the timestep, the alphas and the plan are no part of a graph."""
+    """torch.compile traces each once: the timestep, the alphas and the plan are no part of a graph. (t as a float has
+    graphs of its own: a sampler's timesteps are all whole, or all floats.)"""
     unet, expected = compiled(random_unet(TINIEST)), random_unet(TINIEST)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for plan, settings in ((uniform(6, 3, 2), {}), (uniform(9, 2, 2, "linear"), {"sampler": "plms"})):
+        for plan, settings in (
+            (uniform(6, 3, 2), {}),
+            (uniform(9, 2, 2, "linear"), {"sampler": "plms", "spacing": "linspace"}),
+        ):
             drawn = sample(unet, [0, 1], plan=plan, **settings)
             assert relative(drawn, sample(expected, [0, 1], plan=plan, **settings)) < 1e-5
     eps = unet(noise(2, 3, 2, 2), 500)
