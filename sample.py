@@ -175,7 +175,7 @@ def show(
             seeds[: args.batch_size],
             args.batch_size,
             prompts,
-            {**settings, "plan": CachePlan(2, plan.branch, (0,))},
+            {**settings, "plan": CachePlan(3, plan.branch, (0,))},
         )
     frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, film)
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
@@ -258,7 +258,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=SAMPLERS, help="default ddim")
     add("--steps", type=int, help=f"default {STEPS}")
-    add("--spacing", choices=SPACINGS, help="of the timesteps; default: the sampler's own")
+    add("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)}, or rho7 or another; default: the sampler's own")
     add("--eta", type=float, help="ddim's noise, 0 to 1; default 0")
     add("--variance", choices=VARIANCES, help="ddpm's; default: the checkpoint's")
     add(

@@ -3,10 +3,11 @@ timesteps that a way back visits."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp, log
+from math import exp, log, sqrt
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 VARIANCES = ("fixed_large", "fixed_small")
 BETA_SCHEDULES = ("linear", "scaled_linear")
-SPACINGS = ("uniform", "quad", "trailing", "linspace")
+SPACINGS = ("uniform", "quad", "trailing", "linspace", "offset", "logsnr")  # and rho0.5 to rho100
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Diffusion:
         low, high = (log(a / (1 - a)) for a in self.alphas_bar[below : below + 2].tolist())
         return 1 / (1 + exp(-(low + part * (high - low))))
 
+    def timestep(self, alpha_bar: float) -> float:
+        """The inverse of `alpha_bar`: the t where that much is left, between 0 and T - 1."""
+        a = self.alphas_bar.numpy()
+        return float(np.interp(log(1 / alpha_bar - 1), np.log(1 / a - 1), np.arange(len(a))))
+
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Noise x0 [B, C, H, W] to t [B] with eps (Ho et al., Eq. 4): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
         signal, noise = self.scales(t, x0)
@@ -69,22 +75,46 @@ class Diffusion:
         signal, noise = (square.sqrt().to(x.dtype).to(x.device)[t].reshape(-1, 1, 1, 1) for square in squares)
         return signal, noise
 
+    def timesteps(self, steps: int, spacing: str = "uniform", start: int | None = None) -> list[float]:
+        """The timesteps that `steps` steps visit, noisiest first.
 
-def timesteps(steps: int, spacing: str = "uniform", num_timesteps: int = 1000) -> list[float]:
-    """The timesteps that `steps` steps visit, noisiest first; ValueError where they would begin at t = 0."""
-    S, T = steps, num_timesteps
-    if not 1 <= S <= T:
-        raise ValueError(f"steps={S} is not in 1..{T}, the timesteps of this diffusion")
-    if spacing == "uniform":  # DDIM's: range(0, T, T // S) where S divides T
-        ts = [i * T // S for i in range(S)]
-    elif spacing == "quad":  # DDIM's for CIFAR-10: repeats some, begins at 0.8 T
-        ts = [int(root**2) for root in np.linspace(0, (0.8 * T) ** 0.5, S)]
-    elif spacing == "trailing":
-        ts = [round((i + 1) * T / S) - 1 for i in range(S)]
-    elif spacing == "linspace":
-        ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
-    else:
-        raise ValueError(f"spacing={spacing!r} is none of {', '.join(SPACINGS)}")
-    if ts[-1] == 0:
-        raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = 0, where no noise is left to remove")
-    return ts[::-1]
+        spacing: one of SPACINGS, or rho<number>. logsnr and rho are even in log s and in s ** (1 / rho), where
+        s = sqrt(1 - abar) / sqrt(abar) (Karras et al. 2022, Eq. 5, for all of T - 1..0); most lie between whole t.
+        start: only timesteps below start; the first is then start - 1. ValueError where it is another, or t = 0, or
+        where there are not so many.
+        """
+        check_spacing(spacing)
+        S, T = steps, start or self.num_timesteps
+        if not 1 <= S <= T:
+            raise ValueError(f"steps={S} is not in 1..{T}, the timesteps of this diffusion")
+        if spacing == "uniform":  # DDIM's: range(0, T, T // S) where S divides T
+            ts = [i * T // S for i in range(S)]
+        elif spacing == "quad":  # DDIM's for CIFAR-10: repeats some, begins at 0.8 T
+            ts = [int(root**2) for root in np.linspace(0, (0.8 * T) ** 0.5, S)]
+        elif spacing == "trailing":
+            ts = [round((i + 1) * T / S) - 1 for i in range(S)]
+        elif spacing == "linspace":
+            ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
+        elif spacing == "offset":  # latent diffusion's: uniform's, one later, for a last step that ends at t = 0
+            ts = [i * (T // S) + 1 for i in range(S)]
+        else:
+            ends = [sqrt(1 / self.alpha_bar(t) - 1) for t in (0, T - 1)]
+            if spacing == "logsnr":
+                s = np.geomspace(*ends, S)
+            else:
+                rho = float(spacing.removeprefix("rho"))
+                s = np.linspace(ends[0] ** (1 / rho), ends[1] ** (1 / rho), S) ** rho
+            ts = [0, *(self.timestep(1 / (1 + each**2)) for each in s[1:-1].tolist()), T - 1][-S:]
+        if not 0 < ts[-1] < T:
+            why = "where no noise is left" if ts[-1] == 0 else f"after the last one, {T - 1}"
+            raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = {ts[-1]}, {why}")
+        if start is not None and ts[-1] != start - 1:
+            raise ValueError(f"spacing={spacing!r} does not begin at start - 1, where the noised images are")
+        return ts[::-1]
+
+
+def check_spacing(name: str) -> None:
+    """ValueError for what is no spacing of `Diffusion.timesteps`."""
+    rho = re.fullmatch(r"rho(\d+(\.\d+)?)", str(name))
+    if name not in SPACINGS and not (rho and 0.5 <= float(rho[1]) <= 100):
+        raise ValueError(f"spacing={name!r} is none of {', '.join(SPACINGS)}, rho0.5 to rho100 (as rho7)")

@@ -10,6 +10,7 @@ from typing import Any
 
 from minicache.files import replacing
 from minicache.plan import CachePlan, nonuniform, uniform
+from minicache.samplers import passes
 from minicache.sampling import STEPS, Settings
 
 
@@ -68,9 +69,11 @@ def recipe_from(
 ) -> Recipe:
     """1:N caching, by the flags of sample.py; settings: other fields of Recipe, as sampler and spacing.
 
-    The plan is `uniform`, or `nonuniform` where center or power is given; the other one is then steps / 2 or 1.2.
+    steps counts timesteps, of which pndm takes one twice. The plan is `uniform`, or `nonuniform` where center or power
+    is given; the other one is then half its steps or 1.2.
     Raises ValueError for values that plans or recipes do not take.
     """
+    steps = passes(steps, settings.get("sampler"))
     if center is None and power is None:
         plan = uniform(steps, interval, branch, forecast)
     else:
@@ -87,7 +90,7 @@ def recipe_from_file(path: str | Path, **flags: Any) -> Recipe:
     recipe = Recipe.load(path)
     if recipe.start is not None:
         raise ValueError(f"{path} is for images noised to t = {recipe.start - 1}, not for pure noise")
-    fixed = {**asdict(recipe), "steps": recipe.plan.steps, "branch": recipe.plan.branch}
+    fixed = {**asdict(recipe), "steps": recipe.steps, "branch": recipe.plan.branch}
     for name, value in flags.items():
         if name not in fixed:
             raise ValueError(f"--{name} contradicts {path}, which says itself which steps run in full")

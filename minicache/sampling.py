@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.diffusion import SPACINGS, VARIANCES, Diffusion, timesteps
+from minicache.diffusion import VARIANCES, Diffusion, check_spacing
 from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
-from minicache.samplers import SAMPLERS, Point, predict_x0
+from minicache.samplers import SAMPLERS, Point, passes, predict_x0
 
 STEPS = 100  # unless asked for others
 Noise = Callable[[], Tensor] | None  # draws the next z [B, C, H, W], where the sampler needs one
@@ -25,7 +25,7 @@ class Settings:
 
     plan: CachePlan  # the steps, and what is cached
     sampler: str = "ddim"  # one of SAMPLERS
-    spacing: str | None = None  # one of SPACINGS; None: the sampler's own
+    spacing: str | None = None  # of the timesteps (`Diffusion.timesteps`); None: the sampler's own
     eta: float = 0.0  # ddim's noise, 0 to 1
     variance: str | None = None  # ddpm's, one of VARIANCES; None: the checkpoint's own
     clip_x0: bool | None = None  # clip the predicted image to [-1, 1]; None: as the sampler does by default
@@ -33,7 +33,7 @@ class Settings:
     guidance: float = 1.0  # of the context, 0 to 100; 1 is none, and costs half
 
     def __post_init__(self):
-        names = {"sampler": SAMPLERS, "spacing": (None, *SPACINGS), "variance": (None, *VARIANCES)}
+        names = {"sampler": SAMPLERS, "variance": (None, *VARIANCES)}
         names["clip_x0"] = (None, True, False)
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
@@ -46,9 +46,20 @@ class Settings:
         for name, default in (("eta", 0), ("variance", None)):
             if getattr(self, name) != default and SAMPLERS[self.sampler].noise != name:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={self.sampler!r}")
+        if SAMPLERS[self.sampler].twice and self.plan.steps < 3:
+            raise ValueError(f"sampler={self.sampler!r} takes its first step twice, and needs 2 timesteps or more")
         object.__setattr__(self, "spacing", self.spacing or SAMPLERS[self.sampler].spacing)
-        if self.start and timesteps(self.plan.steps, self.spacing, self.start)[0] != self.start - 1:
-            raise ValueError(f"spacing={self.spacing!r} does not begin at start - 1, where the noised images are")
+        check_spacing(self.spacing)
+
+    @property
+    def steps(self) -> int:
+        """How many timesteps are visited: as many as the plan has steps, unless the sampler takes its first twice."""
+        return self.plan.steps - SAMPLERS[self.sampler].twice
+
+    def timesteps(self, diffusion: Diffusion) -> list[float]:
+        """One for each step of the plan, noisiest first; ValueError where there are none such."""
+        ts = diffusion.timesteps(self.steps, self.spacing, self.start)
+        return [*ts[:2], *ts[1:]] if SAMPLERS[self.sampler].twice else ts
 
 
 class Network(Protocol):
@@ -92,21 +103,22 @@ def denoise(
     seeds: one whole number an image; all of its noise (x_T, then each step's z) comes from it alone, on the CPU, so
     an image does not depend on its batch or device. x_T [B, C, H, W]: start here instead (stochastic samplers need
     seeds as well). context [B or 1, K] ids or [B or 1, K, context_dim]: what to draw; None: the null context.
-    negative, likewise: what guidance leads away from; None: the null context. steps: the plan's, or STEPS. plan: what
-    to cache; None: nothing. cache: what keeps the features, made from the plan for each batch. settings: the other
-    fields of Settings (sampler, spacing, eta, variance, clip_x0, start, guidance). ValueError says what is wrong.
+    negative, likewise: what guidance leads away from; None: the null context. steps: how many timesteps are visited;
+    None: as many as the plan's, or STEPS. plan: what to cache; None: nothing. cache: what keeps the features, made from
+    the plan for each batch. settings: the other fields of Settings (sampler, spacing, eta, variance, clip_x0, start,
+    guidance). ValueError says what is wrong.
     """
     if unet.training and getattr(unet.config, "dropout", 0):
         raise ValueError("the network is in training mode, where dropout spoils its output: call unet.eval() first")
     if unet.diffusion is None:
         raise ValueError("the network does not say how it was trained: set unet.diffusion = Diffusion(...)")
-    if plan is not None and steps not in (None, plan.steps):
-        raise ValueError(f"steps={steps} contradicts the plan, which has {plan.steps}")
-    s = Settings(plan or uncached(STEPS if steps is None else steps), **settings)
+    s = Settings(plan or uncached(passes(STEPS if steps is None else steps, settings.get("sampler"))), **settings)
+    if steps not in (None, s.steps):
+        raise ValueError(f"steps={steps} contradicts the plan, which has {s.steps}")
     if s.start is not None and (x_T is None or s.start > unet.diffusion.num_timesteps):
         most = unet.diffusion.num_timesteps
         raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1, and to be at most {most}")
-    ts = timesteps(s.plan.steps, s.spacing, s.start or unet.diffusion.num_timesteps)
+    ts = s.timesteps(unet.diffusion)
     stochastic = SAMPLERS[s.sampler].noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
         raise ValueError("seeds are needed: for x_T, or for the noise of a stochastic sampler")
@@ -153,6 +165,7 @@ def _loop(
     sampler, alpha_bar, branch = SAMPLERS[s.sampler], unet.diffusion.alpha_bar, s.plan.branch
     clip = sampler.clip_x0 if s.clip_x0 is None else s.clip_x0
     scale = s.eta if sampler.noise == "eta" else s.variance or unet.diffusion.variance
+    a_last = alpha_bar(0) if s.spacing == "offset" else 1.0
     ts_device = torch.tensor(ts, device=x.device)
     past: list[Point] = []
     for i, t in enumerate(ts):
@@ -167,12 +180,12 @@ def _loop(
             away, towards = eps.chunk(2)
             eps = away + s.guidance * (towards - away)
 
-        a, a_next = alpha_bar(t), alpha_bar(ts[i + 1]) if i + 1 < len(ts) else 1.0
+        a, a_next = alpha_bar(t), alpha_bar(ts[i + 1]) if i + 1 < len(ts) else a_last
         now = Point(a, x, eps, predict_x0(x, eps, a, clip), clip)
         if sampler.correct and past:
             now = sampler.correct(now, past)
         z = noise() if noise and a_next < 1 else None
-        if a_next != a:  # quad repeats timesteps: a step of zero length changes nothing
+        if a_next != a or (i == 1 and sampler.twice):  # a step of zero length, as quad repeats t, changes nothing
             x = sampler.step(now, past, a_next, **({sampler.noise: scale, "z": z} if sampler.noise else {}))
             past = [now, *past][: sampler.history]
         yield Step(i, t, x, now.x0, eps, cached_U)
@@ -197,7 +210,8 @@ def sample(
     size = max(count, 1) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    steps = settings["plan"].steps if settings.get("plan") else settings.get("steps") or STEPS
+    planned = passes(settings.get("steps") or STEPS, settings.get("sampler"))
+    steps = settings["plan"].steps if settings.get("plan") else planned
     images = []
     with tqdm(total=-(-count // size) * steps, unit="step", disable=None if progress else True) as bar:
         for k in range(0, max(count, 1), size):

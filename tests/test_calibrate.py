@@ -12,7 +12,6 @@ from tqdm import tqdm
 from minicache import CachePlan, Diffusion, Recipe, denoise, load, uncached, uniform
 from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes, macs, pass_seconds
-from minicache.diffusion import timesteps
 from minicache.plan import from_refreshes
 from minicache.tools import calibrate
 from minicache.tools.calibrate import widest
@@ -83,7 +82,7 @@ def test_gauss_newton_lowers_the_error_of_the_image(calibration):
 @pytest.mark.parametrize("refresh", [(0, 4, 8, 12), (0, 4, 8, 13, 14)])
 def test_alphas_without_effect_stay_as_they_are(calibration, refresh):
     """quad repeats timesteps: such a step has no length, and two refreshes at one timestep have no slope."""
-    assert timesteps(16, "quad", 40)[-3:] == [0, 0, 0]
+    assert Diffusion(40).timesteps(16, "quad")[-3:] == [0, 0, 0]
     recipe = calibration.score(Recipe(from_refreshes(16, 1, refresh, "linear"), "ddim", "quad"))
     better = gauss_newton(calibration, recipe, tqdm(disable=True))
     assert better.error <= recipe.error and better.plan.alpha[13:15] == recipe.plan.alpha[13:15]

@@ -10,7 +10,6 @@ from conftest import SMALL, compvis, noise, random_unet, relative
 
 from minicache import CIFAR10, LDM_IMAGENET, SD_15, Diffusion, UNet, denoise
 from minicache.checkpoints import read
-from minicache.diffusion import timesteps
 from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION, config_to_diffusers, save_diffusers
 
 diffusers = pytest.importorskip("diffusers")
@@ -174,7 +173,7 @@ def settings() -> dict:
 def test_timesteps(spacing, name, steps):
     scheduler = diffusers.DDIMScheduler(**settings(), timestep_spacing=name)
     scheduler.set_timesteps(steps)
-    assert timesteps(steps, spacing) == scheduler.timesteps.tolist()
+    assert Diffusion().timesteps(steps, spacing) == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -210,7 +209,7 @@ def test_dpmpp_2m_step_for_step(unet):
         final_sigmas_type="zero", lower_order_final=False,
     )  # fmt: skip
     scheduler.set_timesteps(20)
-    assert scheduler.timesteps.tolist() == timesteps(20, "trailing")
+    assert scheduler.timesteps.tolist() == Diffusion().timesteps(20, "trailing")
     x = noise(2, 3, 16, 16, seed=1)
     for step in denoise(unet, x_T=x, sampler="dpm++2m", steps=20, spacing="trailing"):
         x = scheduler.step(unet(x, step.t), step.t, x).prev_sample

@@ -142,9 +142,9 @@ def test_no_context_is_the_null_context(conditional):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guidance_of_one_is_no_guidance_and_interval_one_is_uncached(conditional, sampler):
     settings = {"seeds": [0, 1], "context": IDS, "sampler": sampler}
-    plain = sample(conditional, steps=5, **settings)
-    assert torch.equal(sample(conditional, steps=5, guidance=1.0, **settings), plain)
-    guided = sample(conditional, steps=5, guidance=3.0, **settings)
+    plain = sample(conditional, plan=uncached(5), **settings)
+    assert torch.equal(sample(conditional, plan=uncached(5), guidance=1.0, **settings), plain)
+    guided = sample(conditional, plan=uncached(5), guidance=3.0, **settings)
     assert torch.equal(sample(conditional, plan=uniform(5, 1), guidance=3.0, **settings), guided)
     assert not torch.equal(guided, plain)
     cached = sample(conditional, plan=uniform(5, 3, 1), guidance=3.0, **settings)
@@ -235,10 +235,10 @@ def test_timesteps_may_be_fractional(unet, monkeypatch):
 
     whole = sample(unet, [0], steps=10, spacing="trailing")
     shifted = [t + 0.25 for t in range(899, -1, -100)]
-    monkeypatch.setattr("minicache.sampling.timesteps", lambda *_: [999, *shifted])
+    monkeypatch.setattr(Diffusion, "timesteps", lambda *_: [999, *shifted])
     moved = sample(unet, [0], steps=10)
     assert 0 < relative(moved, whole) < 0.05
-    monkeypatch.setattr("minicache.sampling.timesteps", lambda *_: [float(t) for t in range(999, -1, -100)])
+    monkeypatch.setattr(Diffusion, "timesteps", lambda *_: [float(t) for t in range(999, -1, -100)])
     assert torch.equal(sample(unet, [0], steps=10), whole)
 
 

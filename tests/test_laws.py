@@ -6,7 +6,7 @@ from conftest import Recorder, noise, random_unet
 
 from minicache import CachePlan, denoise, nonuniform, sample, uncached, uniform
 from minicache.cost import macs, plan_macs
-from minicache.samplers import SAMPLERS
+from minicache.samplers import SAMPLERS, passes
 
 BRANCHES = range(1, 5)  # all of SMALL's
 
@@ -31,11 +31,11 @@ def test_partial_pass_depends_on_its_cache_and_on_x(unet, branch):
 @pytest.mark.parametrize("forecast", ["hold", "linear"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_interval_one_is_uncached(unet, sampler, forecast):
-    settings = {"seeds": [1, 2], "sampler": sampler}
+    settings, steps = {"seeds": [1, 2], "sampler": sampler}, passes(7, sampler)
     uncached = sample(unet, steps=7, **settings)
-    assert torch.equal(sample(unet, plan=uniform(7, 1, forecast=forecast), **settings), uncached)
-    assert torch.equal(sample(unet, plan=nonuniform(7, 1, 3, 1.4), **settings), uncached)
-    assert not torch.equal(sample(unet, plan=uniform(7, 3), **settings), uncached)
+    assert torch.equal(sample(unet, plan=uniform(steps, 1, forecast=forecast), **settings), uncached)
+    assert torch.equal(sample(unet, plan=nonuniform(steps, 1, 3, 1.4), **settings), uncached)
+    assert not torch.equal(sample(unet, plan=uniform(steps, 3), **settings), uncached)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)

@@ -15,7 +15,7 @@ from minicache import Diffusion, Recipe, UNet, UNetConfig, load, nonuniform, uni
 from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
-from minicache.recipe import nearest_recipe
+from minicache.recipe import nearest_recipe, recipe_from, recipe_from_file
 from minicache.sampling import sample as sample_images
 from minicache.tools import run
 from minicache.words import Vocabulary
@@ -112,6 +112,8 @@ def test_gif_keeps_to_the_batch_size(net, tmp_path):
         (["--sampler", "dpm++2m", "--spacing", "trailing"],
          {"plan": uniform(6, 5), "sampler": "dpm++2m", "spacing": "trailing"}),
         (["--sampler", "plms"], {"plan": uniform(6, 5), "sampler": "plms"}),
+        (["--spacing", "rho3"], {"plan": uniform(6, 5), "spacing": "rho3"}),
+        (["--sampler", "pndm"], {"plan": uniform(7, 5), "sampler": "pndm", "steps": 6}),
         (["--eta", "0.5"], {"plan": uniform(6, 5), "eta": 0.5}),
         (["--clip"], {"plan": uniform(6, 5), "clip_x0": True}),
         (["--dtype", "bfloat16"], {"plan": uniform(6, 5), "dtype": torch.bfloat16}),
@@ -139,6 +141,14 @@ def test_a_plan_nearer_to_the_budget_but_much_over_it_is_passed_over():
     cheap, dear = (Recipe(uniform(30, interval)) for interval in (30, 2))
     assert nearest_recipe([cheap, dear], 10, cost=lambda plan: len(plan.refresh)) == cheap
     assert nearest_recipe([cheap, dear], 13, cost=lambda plan: len(plan.refresh)) == dear
+
+
+def test_steps_of_a_recipe_are_timesteps(tmp_path):
+    recipe_from(steps=6, sampler="pndm").save(tmp_path / "r.json")
+    recipe = recipe_from_file(tmp_path / "r.json", steps=6)
+    assert (recipe.plan.steps, recipe.steps) == (7, 6)
+    with pytest.raises(ValueError, match=r"--steps 7 contradicts .* which has 6"):
+        recipe_from_file(tmp_path / "r.json", steps=7)
 
 
 def test_pictures_that_are_not_finite_are_refused(net, tmp_path, monkeypatch):
@@ -183,6 +193,8 @@ BAD = [
     (["--eta", "-1"], "eta=-1"),
     (["--eta", "0.5", "--sampler", "dpm++2m"], "eta=0.5"),
     (["--sampler", "euler"], "euler"),
+    (["--spacing", "cubic"], "spacing='cubic' is none of uniform, "),
+    (["--sampler", "pndm", "--steps", "1"], "needs 2 timesteps or more"),
     (["--num", "0"], "--num"),
     (["--batch-size", "0"], "--batch-size"),
     (["--seed", "-3"], "--seed"),

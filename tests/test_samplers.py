@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, Recorder, noise, random_unet, relative
 
-from minicache import CachePlan, Diffusion, denoise, sample, uniform
-from minicache.diffusion import timesteps
+from minicache import CachePlan, Diffusion, denoise, sample, uncached, uniform
 from minicache.samplers import (
     SAMPLERS,
     Point,
@@ -17,6 +16,7 @@ from minicache.samplers import (
     ddim_step,
     ddpm_step,
     dpmpp_2m_step,
+    passes,
     predict_x0,
 )
 
@@ -33,14 +33,16 @@ ALPHAS_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
         ("uniform", 1000, list(range(999, -1, -1))),
         ("trailing", 1, [999]),
         ("uniform", 2, [500, 0]),
+        ("offset", 5, [801, 601, 401, 201, 1]),
+        ("offset", 999, list(range(999, 0, -1))),
     ],
 )
 def test_spacings(spacing, steps, expected):
-    assert timesteps(steps, spacing) == expected
+    assert Diffusion().timesteps(steps, spacing) == expected
 
 
 def test_quad_spacing_begins_at_800_and_repeats():
-    ts = timesteps(100, "quad")
+    ts = Diffusion().timesteps(100, "quad")
     assert len(ts) == 100 and ts[:3] == [800, 783, 768]
     assert ts[::-1][:10] == [0, 0, 0, 0, 1, 2, 2, 3, 5, 6]
     assert len(set(ts)) == 96
@@ -49,7 +51,40 @@ def test_quad_spacing_begins_at_800_and_repeats():
 @pytest.mark.parametrize("spacing, steps", [("uniform", 1), ("quad", 1), ("linspace", 1)])
 def test_spacing_that_would_begin_at_zero_is_refused(spacing, steps):
     with pytest.raises(ValueError, match="t = 0"):
-        timesteps(steps, spacing)
+        Diffusion().timesteps(steps, spacing)
+
+
+@pytest.mark.parametrize(
+    "spacing, f", [("logsnr", np.log), ("rho7", lambda s: s ** (1 / 7)), ("rho2.5", lambda s: s**0.4)]
+)
+@pytest.mark.parametrize("start", [None, 700])
+def test_spacings_in_the_noise(spacing, f, start):
+    """f(s) is evenly spaced from t = T - 1 to 0, s = sqrt(1 - abar) / sqrt(abar)."""
+    diffusion = Diffusion()
+    ts = diffusion.timesteps(9, spacing, start)
+    assert (ts[0], ts[-1], len(ts)) == ((start or 1000) - 1, 0, 9) and all(type(t) is int for t in (ts[0], ts[-1]))
+    gaps = np.diff([f(math.sqrt(1 / diffusion.alpha_bar(t) - 1)) for t in ts])
+    assert np.allclose(gaps, gaps[0], rtol=1e-6) and gaps[0] < 0
+    assert diffusion.timesteps(1, spacing, start) == ts[:1]
+
+
+def test_timestep_is_the_inverse_of_alpha_bar():
+    diffusion = Diffusion()
+    for t in (0, 0.25, 1, 431.7, 998.5, 999):
+        assert diffusion.timestep(diffusion.alpha_bar(t)) == pytest.approx(t, abs=1e-6)
+
+
+def test_offset_needs_room_for_its_one():
+    with pytest.raises(ValueError, match="would begin at t = 1000, after the last one, 999"):
+        Diffusion().timesteps(1000, "offset")
+
+
+def test_offset_ends_at_the_noise_of_t_0(unet):
+    """x_0 = sqrt(a) x_0 + sqrt(1 - a) eps with a of t = 0, where other spacings end without noise."""
+    last = list(denoise(unet, [0], steps=5, spacing="offset"))[-1]
+    a = ALPHAS_BAR[0]
+    assert relative(last.x, math.sqrt(a) * last.x0 + math.sqrt(1 - a) * last.eps) < 1e-6
+    assert relative(last.x, last.x0) > 1e-4
 
 
 def coefficients(t: int, t_next: int) -> tuple[float, float]:
@@ -121,6 +156,75 @@ def test_adams_bashforth_integrates_polynomials_of_its_order(order):
     assert got == pytest.approx(1 / (order + 1))
 
 
+def exact_point(lam: float) -> Point:
+    """Where the probability flow of pixels N(0.3, 0.5**2) has led a pixel that began at x_T = 1, in float64."""
+    a = 1 / (1 + math.exp(-2 * lam))
+    alpha, variance = math.sqrt(a), 0.25 * a + 1 - a
+    x = torch.tensor([alpha * 0.3 + math.sqrt(variance)], dtype=torch.float64)
+    x0 = 0.3 + alpha * 0.25 / variance * (x - alpha * 0.3)
+    return Point(a, x, (x - alpha * x0) / math.sqrt(1 - a), x0)
+
+
+ORDERS = {
+    "ddim": 1,
+    "dpm++2m": 2,
+    "dpm++3m": 2,
+    "unipc": 2,
+    "unipc3": 3,
+    "deis": 3,
+    "deis4": 4,
+    "plms2": 2,
+    "plms3": 3,
+    "plms": 4,
+}
+
+
+def local_error(sampler: str, h: float, corrected: bool) -> float:
+    """Of one step to lambda 0, from a past without error: uneven in lambda, or even in s = exp(-lambda) for plms."""
+    lams = [-math.log(1 + k * h) for k in range(6)] if "plms" in sampler else [-h * k for k in (0, 1, 1.8, 3.1, 4, 5.2)]
+    end, now, *past = map(exact_point, lams)
+    history = SAMPLERS[sampler].history
+    if corrected:
+        x = SAMPLERS[sampler].correct(end._replace(x=None), [now, *past][:history]).x
+    else:
+        x = SAMPLERS[sampler].step(now, past[:history], end.a)
+    return (x - end.x).abs().item()
+
+
+@pytest.mark.parametrize(
+    "sampler, order, corrected",
+    [*((name, order, False) for name, order in ORDERS.items()), ("unipc", 3, True), ("unipc3", 4, True)],
+)
+def test_a_step_has_the_order_of_its_method(sampler, order, corrected):
+    """Half the step: an error smaller by 2 ** (order + 1). A corrector adds an order to its predictor's. That of
+    DPM-Solver++(3M) is 2, as half of the quadratic term is missing."""
+    errors = [local_error(sampler, h, corrected) for h in (0.02, 0.01)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.2)
+
+
+class Mixture(Recorder):
+    """The exact eps of independent pixels, each N(-0.6, 0.2**2) or N(0.6, 0.2**2)."""
+
+    def forward_full(self, x, t, branch, context=None):
+        a = self.diffusion.alpha_bar(t.item())
+        x, alpha, variance = x.double(), math.sqrt(a), 0.04 * a + 1 - a
+        mean = 0.6 * torch.tanh(0.6 * alpha * x / variance)
+        x0 = mean + alpha * 0.04 / variance * (x - alpha * mean)
+        return ((x - alpha * x0) / math.sqrt(1 - a)).float(), x
+
+
+def test_multistep_samplers_converge_faster_than_ddim():
+    x_T = noise(4, 3, 16, 16)
+    limit = sample(Mixture(), x_T=x_T, sampler="unipc", spacing="logsnr", steps=1000)
+
+    def error(sampler, steps):
+        return relative(sample(Mixture(), x_T=x_T, sampler=sampler, spacing="rho7", plan=uncached(steps)), limit)
+
+    for sampler in [*ORDERS, "pndm"]:
+        if sampler != "ddim":
+            assert error(sampler, 80) < min(error(sampler, 40) / 2.8, error("ddim", 80) / 8), sampler
+
+
 def test_unclipped_fixed_small_ddpm_is_ddim_with_eta_one(unet):
     ddpm = sample(unet, [0, 1], sampler="ddpm", variance="fixed_small", clip_x0=False, steps=20)
     ddim = sample(unet, [0, 1], sampler="ddim", eta=1.0, steps=20)
@@ -139,9 +243,9 @@ def test_variances_differ_and_clipping_clips(unet):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_steps_of_zero_length_change_nothing(unet, sampler):
     before = None
-    for step in denoise(unet, [0], sampler=sampler, steps=100, spacing="quad", plan=uniform(100, 20, branch=1)):
-        following = timesteps(100, "quad")[step.i + 1] if step.i < 99 else -1
-        if step.t == following:
+    ts, twice = [*Diffusion().timesteps(100, "quad"), -1], SAMPLERS[sampler].twice
+    for step in denoise(unet, [0], sampler=sampler, spacing="quad", plan=uniform(passes(100, sampler), 20, branch=1)):
+        if step.i > twice and step.t == ts[step.i - twice + 1]:
             assert torch.equal(step.x, before)
         before = step.x
     assert torch.isfinite(before).all()
@@ -153,13 +257,14 @@ def test_samplers_land_on_the_image_that_a_perfect_network_sees(unet, sampler):
 
     class Oracle(type(unet)):
         def forward_full(self, x, t, branch=3, context=None):
-            a = torch.tensor(ALPHAS_BAR[t.item()])
+            a = torch.tensor(Diffusion().alpha_bar(t.item()))
             return ((x - a.sqrt() * image) / (1 - a).sqrt()).float(), x
 
     image = noise(1, 3, 16, 16, seed=5).clamp(-1, 1)
     oracle = Oracle(unet.config)
     oracle.diffusion = Diffusion()
-    assert torch.allclose(sample(oracle, [0], sampler=sampler, steps=10), image, atol=2e-3)
+    settings = {"spacing": "uniform"} if SAMPLERS[sampler].spacing == "offset" else {}  # which ends with some noise
+    assert torch.allclose(sample(oracle, [0], sampler=sampler, steps=10, **settings), image, atol=2e-3)
 
 
 class Wave(Recorder):
@@ -198,7 +303,7 @@ def reference(sampler: str, x: np.ndarray, ts: list[int]) -> np.ndarray:
 def test_multistep_loops(sampler):
     x_T = noise(1, 3, 16, 16, seed=2)
     got = sample(Wave(), x_T=x_T, sampler=sampler, steps=12, spacing="uniform")
-    expected = reference(sampler, x_T.double().numpy(), timesteps(12))
+    expected = reference(sampler, x_T.double().numpy(), Diffusion().timesteps(12))
     assert relative(got, expected) < 1e-5
     assert relative(sample(Wave(), x_T=x_T, steps=12), expected) > 1e-2  # and not DDIM
 
@@ -260,7 +365,12 @@ def test_steps_tell_what_happened(unet):
         ({"start": -3, "x_T": noise(1, 3, 16, 16)}, "start=-3"),
         ({"start": 700, "x_T": noise(1, 3, 16, 16), "steps": 10}, "does not begin at start - 1"),
         ({"start": 700, "x_T": noise(1, 3, 16, 16), "steps": 10, "spacing": "quad"}, "does not begin at start - 1"),
-        ({"spacing": "cubic"}, "spacing='cubic'"),
+        ({"spacing": "cubic"}, "spacing='cubic' is none of uniform, .*, logsnr, rho0.5 to rho100"),
+        ({"spacing": "rho0.4"}, "spacing='rho0.4'"),
+        ({"spacing": "rho101"}, "spacing='rho101'"),
+        ({"spacing": "rho-3"}, "spacing='rho-3'"),
+        ({"spacing": "rho"}, "spacing='rho'"),
+        ({"spacing": 7}, "spacing=7 is none"),
         ({"eta": -1.0}, "eta=-1.0"),
         ({"eta": 0.5, "sampler": "dpm++2m"}, "eta=0.5"),
         ({"variance": "learned"}, "variance='learned'"),
@@ -284,12 +394,26 @@ def test_wrong_use_is_refused(unet, settings, words):
 
 
 def test_each_sampler_has_its_own_spacing_and_clipping(unet):
-    first = {name: next(iter(denoise(unet, [0], sampler=name, steps=10))).t for name in SAMPLERS}
-    assert first == {"ddim": 900, "ddpm": 900, "dpm++2m": 999, "plms": 999}
-    assert torch.equal(
-        sample(unet, [0], sampler="dpm++2m", steps=5), sample(unet, [0], sampler="dpm++2m", steps=5, spacing="trailing")
-    )
+    for name, t in [("ddim", 900), ("ddpm", 900), ("pndm", 901), ("plms", 999), ("unipc3", 999)]:
+        assert next(iter(denoise(unet, [0], sampler=name, steps=10))).t == t
+    own, same, other = (sample(unet, [0], sampler="dpm++2m", steps=5, spacing=name) for name in (None, "rho7", "rho3"))
+    assert torch.equal(own, same) and not torch.equal(own, other)
     assert {name for name, sampler in SAMPLERS.items() if sampler.clip_x0} == {"ddpm"}
+
+
+def test_pndm_takes_its_first_step_twice(unet):
+    """So its plan has one step more than there are timesteps, and the second of each is visited twice."""
+    steps = list(denoise(unet, [0], sampler="pndm", steps=5))
+    assert [step.t for step in steps] == [801, 601, 601, 401, 201, 1]
+    assert torch.equal(sample(unet, [0], sampler="pndm", plan=uncached(6), steps=5), steps[-1].x)
+    a, b = (Diffusion().alpha_bar(t) for t in (801, 601))
+    eps = (steps[0].eps + steps[1].eps) / 2
+    again = math.sqrt(b) * predict_x0(noise(1, 3, 16, 16), eps, a) + math.sqrt(1 - b) * eps
+    assert relative(steps[1].x, again) < 1e-5
+    with pytest.raises(ValueError, match="contradicts the plan, which has 5"):
+        sample(unet, [0], sampler="pndm", plan=uncached(6), steps=6)
+    with pytest.raises(ValueError, match="needs 2 timesteps or more"):
+        sample(unet, [0], sampler="pndm", steps=1)
 
 
 def test_a_network_that_does_not_say_how_it_was_trained_is_refused():

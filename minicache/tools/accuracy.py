@@ -30,8 +30,7 @@ from minicache.cost import full_passes
 from minicache.files import replacing
 from minicache.images import enlargement, labelled, save_png, to_tensor, to_uint8
 from minicache.placement import choose_placement, place
-from minicache.plan import uncached
-from minicache.recipe import Recipe, recipe_from_file
+from minicache.recipe import Recipe, recipe_from, recipe_from_file
 from minicache.samplers import SAMPLERS
 from minicache.sampling import sample
 from minicache.tools import Parser, at_least, prepare_out
@@ -82,8 +81,7 @@ def chosen_recipe(args: argparse.Namespace, vocabulary: Vocabulary) -> Recipe:
     flags = {name: getattr(args, name) for name in ("sampler", "steps", "guidance") if getattr(args, name) is not None}
     if args.plan:
         return recipe_from_file(args.plan, **flags)
-    steps = uncached(flags.pop("steps", STEPS))
-    return Recipe(steps, **{"guidance": vocabulary.guidance, **flags})
+    return recipe_from(**{"steps": STEPS, "interval": 1, "branch": 1, "guidance": vocabulary.guidance, **flags})
 
 
 def main(args: argparse.Namespace) -> None:
@@ -109,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
         nearest = pictures[training][cosines[:SHOWN, training].argmax(dim=1)].numpy()
         sheet.append(np.concatenate([to_uint8(drawn[:SHOWN]), nearest], axis=2))
         labels += [f"{words.captions[i]} ({name})" for i in indices[:SHOWN]]
-    how = f"{recipe.sampler}, {recipe.spacing}, {recipe.plan.steps} steps, guidance {recipe.guidance:g}"
+    how = f"{recipe.sampler}, {recipe.spacing}, {recipe.steps} steps, guidance {recipe.guidance:g}"
     passes = full_passes(unet, recipe.plan, recipe.guidance)
     report = f"{args.ckpt} ({weights}): {how}, {passes:.1f} full passes\n\n{markdown(rows)}"
     print(report)

@@ -40,14 +40,13 @@ from tqdm import tqdm
 from minicache.checkpoints import embedded_folder, fingerprint, load
 from minicache.cost import full_passes, pass_seconds, plan_macs
 from minicache.data import Source, source
-from minicache.diffusion import SPACINGS, timesteps
+from minicache.diffusion import Diffusion
 from minicache.files import replacing
 from minicache.images import grid, save_png, to_uint8
 from minicache.metrics import Samples, frechet_distance, inception, psnr, read_samples, relative_l2
 from minicache.placement import COMPILE, DTYPES, choose_placement, place
 from minicache.plan import CachePlan, nonuniform, uncached, uniform
 from minicache.recipe import Recipe, recipes_in
-from minicache.samplers import SAMPLERS
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
 from minicache.tools import Parser, at_least
@@ -55,7 +54,8 @@ from minicache.tools.classifier import classifier_features
 from minicache.unet import UNet
 
 HELD_OUT = range(32)
-SOLVERS = tuple(name for name, sampler in SAMPLERS.items() if sampler.noise != "variance")  # one limit as steps grow
+SOLVERS = ("ddim", "dpm++2m", "plms")  # have one limit as steps grow
+SPACINGS = ("uniform", "quad", "trailing", "linspace")  # that are tried with each
 STEPS = 100  # of the plans that are published
 SHOWN = 8  # images a row of samples.png
 FLOOR = "floor"
@@ -85,7 +85,8 @@ class Benchmark:
     @property
     def spacings(self) -> list[str]:
         """From pure noise all; from noised images those that begin where the noise is."""
-        return [name for name in SPACINGS if self.start is None or timesteps(2, name, self.limit)[0] == self.limit - 1]
+        first = {name: Diffusion(self.limit).timesteps(2, name)[0] for name in SPACINGS}
+        return [name for name in SPACINGS if self.start is None or first[name] == self.limit - 1]
 
     @property
     def finest(self) -> Recipe:
@@ -135,7 +136,7 @@ def methods(args: argparse.Namespace, benchmark: Benchmark, recipes: list[Recipe
         found |= {f"{name}-{S}": benchmark.fewer_steps(S, (name,)) for name in SOLVERS for S in args.budgets}
         found[FLOOR] = [replace(benchmark.finest, plan=uncached(benchmark.limit // 2))]
     for recipe in (recipe for recipes in found.values() for recipe in recipes):
-        timesteps(recipe.plan.steps, recipe.spacing, benchmark.limit)  # refuses now what it would refuse later
+        recipe.timesteps(benchmark.unet.diffusion)  # refuses now what it would refuse later
     return found
 
 
@@ -285,7 +286,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num", type=int, help="pictures of each method for the distance (default: 1000)")
     add("--fid", action="store_true", help="Inception's features, by torch-fidelity, which downloads them once")
     add("--budgets", type=int, nargs="+", default=[10, 15, 20, 30, 50], help="steps of uncached sampling")
-    add("--spacing", choices=SPACINGS, help=f"of the {STEPS} steps that are cached (default: uniform)")
+    add("--spacing", help=f"of the {STEPS} steps that are cached (default: uniform)")
     add("--ancestral", type=int, metavar="STEPS", help="compare plans for ancestral sampling (DDPM) of so many steps")
     add("--recipes", help="folder of calibrated plans (default: those that ship)")
     add("--data", help="begin from these images (shapes, cifar10, a folder or zip), noised to --start")
