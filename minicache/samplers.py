@@ -166,15 +166,16 @@ class Sampler:
 SAMPLERS = {
     "ddim": Sampler(ddim_step, noise="eta"),
     "ddpm": Sampler(ddpm_step, noise="variance", clip_x0=True),
-    "dpm++2m": Sampler(dpmpp_2m_step, history=1, spacing="trailing"),
-    "dpm++3m": Sampler(dpmpp_3m_step, history=2, spacing="rho7"),
-    "unipc": Sampler(dpmpp_2m_step, history=2, spacing="rho7", correct=unipc_correct),  # UniP-2 is DPM-Solver++(2M)
-    "unipc3": Sampler(partial(dpmpp_3m_step, quadratic=1.0), history=3, spacing="rho7", correct=unipc_correct),
-    "deis": Sampler(deis_step, history=2, spacing="rho7"),
-    "plms2": Sampler(plms_step, history=1, spacing="rho7"),  # the number: of its order
-    "plms3": Sampler(plms_step, history=2, spacing="rho7"),
-    "plms": Sampler(plms_step, history=3, spacing="linspace"),
+    "plms": Sampler(plms_step, history=3, spacing="rho3"),
+    "plms2": Sampler(plms_step, history=1, spacing="rho4"),  # the number, here and below: of the order
+    "plms3": Sampler(plms_step, history=2, spacing="rho3"),
     "pndm": Sampler(pndm_step, history=4, spacing="offset", twice=True),
+    "deis": Sampler(deis_step, history=2, spacing="rho3"),
+    "deis4": Sampler(deis_step, history=3, spacing="rho7"),  # tAB3 of the paper: a cubic
+    "dpm++2m": Sampler(dpmpp_2m_step, history=1, spacing="rho7"),
+    "dpm++3m": Sampler(dpmpp_3m_step, history=2, spacing="rho7"),
+    "unipc": Sampler(dpmpp_2m_step, history=2, spacing="rho10", correct=unipc_correct),  # UniP-2 is DPM-Solver++(2M)
+    "unipc3": Sampler(partial(dpmpp_3m_step, quadratic=1.0), history=3, spacing="logsnr", correct=unipc_correct),
 }
 
 

@@ -1,13 +1,14 @@
 """diffusers as an independent implementation of the network and of the schedulers."""
 
+import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, noise, random_unet, relative
+from conftest import SMALL, compvis, noise, random_unet, relative
 
-from minicache import CIFAR10, Diffusion, denoise
+from minicache import CIFAR10, LDM_IMAGENET, SD_15, Diffusion, UNet, denoise
 from minicache.checkpoints import read
 from minicache.formats.diffusers import DIFFUSERS, OLD_ATTENTION, config_to_diffusers, save_diffusers
 
@@ -29,6 +30,104 @@ def test_network(config):
         assert relative(unet(x, t), theirs(x, t).sample) < TOLERANCE
     t = torch.tensor([3, 700])
     assert relative(unet(x, t), theirs(x, t).sample) < TOLERANCE
+
+
+@pytest.fixture(params=["sd", "ldm"])
+def latent(request, tmp_path):
+    """A latent network in miniature, every weight random: ours, and theirs by way of a folder."""
+    _, config, diffusion, state = compvis(request.param)
+    torch.save(state, tmp_path / "bare.ckpt")
+    ours = read(tmp_path / "bare.ckpt", config=config, diffusion=diffusion)
+    save_diffusers(tmp_path / "unet", ours)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert theirs.config.cross_attention_dim == config.context_dim
+    return ours, theirs
+
+
+def tokens(ours, B: int = 2):
+    return noise(B, 1 if ours.config.num_tokens else 9, ours.config.context_dim, seed=2)
+
+
+def test_latent_networks(latent):
+    ours, theirs = latent
+    x, context = noise(2, ours.config.in_channels, 16, 16), tokens(ours)
+    for t in (0, 10, 999, torch.tensor([3, 700])):
+        assert relative(ours(x, t, context), theirs(x, t, context).sample) < TOLERANCE
+
+
+@pytest.mark.parametrize("branch", [1, 2, 3, 4, 7, 12])
+def test_partial_pass_of_latent_networks(latent, branch):
+    """Theirs run in full, but what the ResBlock of U_branch takes from below is kept from the step before."""
+    ours, theirs = latent
+    n = ours.config.num_res_blocks + 1
+    block, kept = theirs.up_blocks[-1 - (branch - 1) // n].resnets[n - 1 - (branch - 1) % n], []
+    x, x2 = (noise(2, ours.config.in_channels, 16, 16, seed=seed) for seed in (0, 1))
+    context = tokens(ours)
+    eps, cached_U = ours.forward_full(x, 500, branch, context)
+
+    def below(module, inputs):
+        h, temb = inputs
+        kept.append(h[:, : cached_U.shape[1]])
+        return torch.cat([kept[0], h[:, cached_U.shape[1] :]], 1), temb
+
+    block.register_forward_pre_hook(below)
+    assert relative(eps, theirs(x, 500, context).sample) < TOLERANCE
+    assert relative(cached_U, kept[0]) < TOLERANCE
+    partial = theirs(x2, 490, context).sample
+    assert relative(kept[1], kept[0]) > 0.01  # from below comes something else by now
+    assert relative(ours.forward_partial(x2, 490, cached_U, branch, context), partial) < TOLERANCE
+
+
+@pytest.mark.parametrize("branch", [1, 2, 3, 4, 5])
+def test_the_official_helper_caches_what_we_do(latent, branch):
+    """DeepCache's own package, whose cache_branch_id is branch - 1; four steps, the first and the third in full."""
+    deepcache = pytest.importorskip("DeepCache.extension.deepcache")
+    ours, theirs = latent
+    steps, cached_U = torch.tensor([900, 700, 500, 300]), None
+    pipe = types.SimpleNamespace(unet=theirs, scheduler=types.SimpleNamespace(timesteps=steps))
+    helper = deepcache.DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=2, cache_branch_id=branch - 1)
+    helper.enable()
+    context = tokens(ours)
+    for i, t in enumerate(steps):
+        x = noise(2, ours.config.in_channels, 16, 16, seed=i)
+        if i % 2 == 0:
+            eps, cached_U = ours.forward_full(x, t, branch, context)
+        else:
+            eps = ours.forward_partial(x, t, cached_U, branch, context)
+        assert relative(eps, pipe.unet(x, t, context).sample) < TOLERANCE
+
+
+def test_latent_folders_go_both_ways(tmp_path, latent):
+    ours, theirs = latent
+    for safe in (False, True):
+        theirs.save_pretrained(tmp_path / f"theirs{safe}", safe_serialization=safe)
+        again = read(tmp_path / f"theirs{safe}", diffusion=ours.diffusion)
+        x, context = noise(2, ours.config.in_channels, 16, 16), tokens(ours)
+        assert torch.equal(again(x, 10, context), ours(x, 10, context))
+        assert again.config == replace(ours.config, num_tokens=None, null_token=0)  # theirs leave the table out
+
+
+@pytest.mark.parametrize("config", [SD_15, replace(LDM_IMAGENET, num_tokens=None, null_token=0)], ids=["sd", "ldm"])
+def test_names_and_shapes_of_true_size(config):
+    with torch.device("meta"):
+        unet = UNet(config)
+        fields = {k: v for k, v in config_to_diffusers(config).items() if k != "_class_name"}
+        shapes, theirs = unet.state_dict(), diffusers.UNet2DConditionModel(**fields).state_dict()
+    for ours, key in DIFFUSERS.keys(unet).items():
+        assert theirs.pop(key).squeeze().shape == shapes[ours].squeeze().shape
+    assert not theirs
+
+
+@pytest.mark.parametrize("adm", [False, True])
+def test_adm_without_a_context(tmp_path, adm):
+    """Both conventions of diffusers' unconditional network: Google's, and that which it assumes itself."""
+    unet = random_unet(replace(SMALL, adm=adm))
+    save_diffusers(tmp_path / "net", unet)
+    x = noise(2, 3, 16, 16)
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "net")
+    assert relative(unet(x, 77), theirs(x, 77).sample) < TOLERANCE
+    assert read(tmp_path / "net").config == unet.config
 
 
 def test_folders_go_both_ways(tmp_path, unet):

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.dst}: that ending belongs to another format; ours is .pt")
     else:
         save(args.dst, unet, args.half)
-        unet = read(args.dst)  # half precision has another fingerprint
+        unet = read(args.dst, dtype=dtype)  # half precision has another fingerprint
     parameters = sum(p.numel() for p in unet.parameters())
     print(f"{args.dst}: {parameters:,} parameters, {unet.config}, {unet.diffusion}, fingerprint {fingerprint(unet)}")
 
