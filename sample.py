@@ -3,7 +3,7 @@
 examples:
   python sample.py                                                  # 16 emoji, into samples.png
   python sample.py --interval 4 --compare                           # with the same pictures uncached on the left
-  python sample.py --ckpt ddpm_cifar10_ema --steps 100 --spacing quad --interval 5
+  python sample.py --ckpt ddpm_cifar10_ema --steps 100 --spacing quad --interval 5 --branch 3
   python sample.py --prompt "red apple" --prompt "cat face" --guidance 3 --interval 5 --branch 1 --compare
   python sample.py --sampler dpm++2m --steps 25 --interval 3 --branch 1 --forecast linear
   python sample.py --ckpt tiny_cifar10 --budget 20                  # the best plan known for 20 full passes
@@ -268,7 +268,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("DeepCache").add_argument
     add("--interval", type=int, metavar="N", help="one step in N runs in full; 1 is uncached; default 5")
-    add("--branch", type=int, help="outermost pairs of blocks that run at the other steps; default 3")
+    add("--branch", type=int, help="outermost pairs of blocks that run at the other steps; default 1")
     add("--center", type=float, help="non-uniform: full steps are densest about this one; default steps / 2")
     add("--power", type=float, help="non-uniform: how dense, at least 1; default 1.2")
     add(

@@ -49,7 +49,7 @@ def embedded_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "weights"
 
 
-EMBEDDED = ("emoji", "tiny", "tiny_cifar10")
+EMBEDDED = ("emoji", "tiny_cifar10")
 # Google's files on the hub where those are the ones wanted, else P. Esser's conversions (pesser/pytorch_diffusion).
 REGISTRY = {name: Entry(**row) for name, row in json.loads((embedded_folder() / "registry.json").read_text()).items()}
 # The networks of Ho et al.: CIFAR-10 (35.7M parameters), and CelebA-HQ and LSUN at 256x256 (113.7M).

@@ -60,7 +60,7 @@ def recipes_in(folder: str | Path, fingerprint: str | None, start: int | None = 
 def recipe_from(
     steps: int = STEPS,
     interval: int = 5,
-    branch: int = 3,
+    branch: int = 1,
     center: float | None = None,
     power: float | None = None,
     forecast: str = "hold",

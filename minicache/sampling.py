@@ -15,7 +15,7 @@ from minicache.diffusion import SPACINGS, VARIANCES, Diffusion, timesteps
 from minicache.plan import MAX_STEPS, CachePlan, PlanCache, uncached
 from minicache.samplers import SAMPLERS, Point, predict_x0
 
-STEPS = 100  # unless asked for others
+STEPS = 50  # unless asked for others
 Noise = Callable[[], Tensor] | None  # draws the next z [B, C, H, W], where the sampler needs one
 
 

@@ -42,18 +42,19 @@ class Vocabulary:
     def encode(self, *prompts: str) -> Tensor:
         """Ids [B, length] of B prompts. ValueError for none or too many words, and for one that is not known."""
         ids = torch.zeros(len(prompts), self.length, dtype=torch.long)
+        id_of = {word: i for i, word in enumerate(self.words, start=1)}  # tuples are slow to search
         for row, prompt in zip(ids, prompts):
             words = words_in(prompt)
             if not words:
                 raise ValueError(f"the prompt {prompt!r} holds no word")
             for word in words:
-                if word not in self.words:
+                if word not in id_of:
                     near = difflib.get_close_matches(word, self.words, n=3, cutoff=0.6)
                     hint = f"did you mean {', '.join(near)}?" if near else f"it knows {len(self.words)} others"
                     raise ValueError(f"{prompt!r}: the network has not learned the word {word!r}; {hint}")
             if len(words) > self.length:
                 raise ValueError(f"{prompt!r} has {len(words)} different words; at most {self.length} are taken")
-            row[: len(words)] = torch.tensor([self.words.index(word) + 1 for word in words], dtype=torch.long)
+            row[: len(words)] = torch.tensor([id_of[word] for word in words], dtype=torch.long)
         return ids
 
 

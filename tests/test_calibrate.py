@@ -108,7 +108,7 @@ def test_command(net, tmp_path, capsys, monkeypatch):
     sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "net-4.json"), "--num", "1",
                               "--out", str(tmp_path / "x.png")]))  # fmt: skip
     with pytest.raises(ValueError, match="was made for the weights"):
-        sample_main(sample_parse(["--ckpt", "tiny", "--plan", str(tmp_path / "net-4.json")]))
+        sample_main(sample_parse(["--ckpt", "tiny_cifar10", "--plan", str(tmp_path / "net-4.json")]))
 
 
 def test_interrupted_before_the_check_it_keeps_what_was_found(net, tmp_path, monkeypatch):
@@ -187,20 +187,20 @@ def test_budget_of_the_command_line(net, tmp_path, capsys):
         sample_main(sample_parse(["--ckpt", str(net), "--budget", "7"]))
     for flags in (["--interval", "2"], ["--plan", "x.json"], ["--sampler", "ddim"]):
         with pytest.raises(ValueError, match=f"{flags[0]} contradicts --budget"):
-            sample_main(sample_parse(["--ckpt", "tiny", "--budget", "7", *flags]))
-    sample_main(sample_parse(["--ckpt", "tiny", "--budget", "9", "--num", "1", "--out", str(tmp_path / "x.png")]))
-    shipped = Recipe.load(calibrate.Path(__file__).parent.parent / "weights" / "recipes" / "tiny-10.json")
+            sample_main(sample_parse(["--ckpt", "tiny_cifar10", "--budget", "7", *flags]))
+    flags = ["--ckpt", "tiny_cifar10", "--budget", "9", "--num", "1", "--out", str(tmp_path / "x.png")]
+    sample_main(sample_parse(flags))
+    shipped = Recipe.load(calibrate.Path(__file__).parent.parent / "weights" / "recipes" / "tiny_cifar10-10.json")
     assert f"{shipped.sampler}, {shipped.plan.steps} steps" in capsys.readouterr().out
 
 
 def test_shipped_recipes_fit_the_shipped_weights():
     folder = calibrate.Path(__file__).parent.parent / "weights" / "recipes"
-    for name in ("tiny", "tiny_cifar10"):
-        unet = load(name)
-        for budget in (10, 15, 20, 30, 50):
-            recipe = Recipe.load(folder / f"{name}-{budget}.json")
-            assert recipe.fingerprint == fingerprint(unet) and recipe.start is None
-            assert 0.8 * budget <= full_passes(unet, recipe.plan) <= budget
+    unet = load("tiny_cifar10")
+    for budget in (10, 15, 20, 30, 50):
+        recipe = Recipe.load(folder / f"tiny_cifar10-{budget}.json")
+        assert recipe.fingerprint == fingerprint(unet) and recipe.start is None
+        assert 0.8 * budget <= full_passes(unet, recipe.plan) <= budget
 
 
 def test_recipes_for_noised_images_are_no_recipes_for_noise(net, tmp_path):

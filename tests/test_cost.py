@@ -5,7 +5,9 @@ import torch
 
 from minicache import CIFAR10, LSUN_256, CachePlan, UNet, UNetConfig, uncached, uniform
 from minicache.cost import cache_bytes, macs, pass_cost, plan_macs, weight_bytes
+from minicache.recipe import recipe_from
 from minicache.tools.cost import main, parse
+from sample import parse as sample_parse
 
 
 def meta(config: UNetConfig) -> UNet:
@@ -90,7 +92,13 @@ def test_command(capsys):
     out = capsys.readouterr().out
     assert "full pass 6.054 GMACs" in out and "3.002 GMACs" in out and "2.02x fewer" in out
     assert sum(line.endswith(" <") for line in out.splitlines()) == 1
-    main(parse(["--ckpt", "ddpm_church_256_ema", "--forecast", "linear"]))  # not on disk, and not needed
+    main(parse(["--ckpt", "ddpm_church_256_ema", "--branch", "3", "--forecast", "linear"]))  # not on disk
     assert "full pass 248.174 GMACs" in (out := capsys.readouterr().out) and "cache 67.109 MB an image" in out
     with pytest.raises(ValueError, match="branch=13"):
         main(parse(["--ckpt", "cifar10", "--branch", "13"]))
+
+
+def test_without_flags_the_command_tells_what_sample_py_without_flags_costs():
+    args = parse([])
+    assert args.ckpt == sample_parse([]).ckpt
+    assert uniform(args.steps, args.interval, args.branch, args.forecast) == recipe_from().plan

@@ -28,6 +28,11 @@ def test_the_cached_edge_tells_its_shape():
     assert "cached_U 256 x 32 x 32" in diagram(shape_of("cifar10"), 3)
 
 
+def test_one_pair_is_no_plural():
+    for branch, said in ((1, "runs the outermost pair;"), (2, "runs the 2 outermost pairs;")):
+        assert said in diagram(shape_of("cifar10"), branch)
+
+
 def test_a_branch_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"branch=13 is not in 1\.\.12"):
         diagram(shape_of("cifar10"), 13)

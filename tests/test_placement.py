@@ -61,12 +61,12 @@ def test_what_is_asked_for_is_what_one_gets():
 
 
 def test_low_precision_is_near_and_the_state_stays_float32():
-    low = load("tiny", dtype=torch.bfloat16)
+    low = load("tiny_cifar10", dtype=torch.bfloat16)
     assert low.D[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     settings = dict(seeds=[0, 1], plan=uniform(10, 3, 2, "linear"))
     steps = list(denoise(low, **settings))
     assert steps[-1].x.dtype == steps[-1].eps.dtype == torch.float32 and steps[-1].cached_U.dtype == torch.bfloat16
-    assert 0 < relative(steps[-1].x, sample(load("tiny"), **settings)) < 0.02
+    assert 0 < relative(steps[-1].x, sample(load("tiny_cifar10"), **settings)) < 0.02
 
 
 def test_float64_is_for_the_cpu_alone():

@@ -111,7 +111,7 @@ def test_a_config_that_contradicts_the_file_is_refused(tmp_path, unet):
 @pytest.mark.parametrize("form", ["minicache", "diffusers"])
 def test_a_limit_on_the_file_leaves_no_half_checkpoint(tmp_path, form):
     """A limit on the size of files stands for the full disk."""
-    command = f"ulimit -f 100; exec {sys.executable} -m minicache convert tiny {tmp_path}/x.pt --to {form}"
+    command = f"ulimit -f 100; exec {sys.executable} -m minicache convert tiny_cifar10 {tmp_path}/x.pt --to {form}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 

@@ -33,11 +33,10 @@ from minicache.placement import choose_placement, place
 from minicache.plan import uncached
 from minicache.recipe import Recipe, recipe_from_file
 from minicache.samplers import SAMPLERS
-from minicache.sampling import sample
+from minicache.sampling import STEPS, sample
 from minicache.tools import Parser, at_least, markdown, prepare_out
 from minicache.words import Vocabulary
 
-STEPS = 50
 SIGMA = 1.0
 FIRST = 10  # besides the nearest picture, so many nearest ones are looked at
 SHOWN = 36  # samples of each group on the sheet

@@ -1,7 +1,7 @@
 """Find the plan with the smallest error for a given cost, on this network.
 
-    python -m minicache calibrate --ckpt tiny --budget 20 --out recipe.json
-    python sample.py --ckpt tiny --plan recipe.json
+    python -m minicache calibrate --ckpt tiny_cifar10 --budget 20 --out recipe.json
+    python sample.py --ckpt tiny_cifar10 --plan recipe.json
 
 Every plan is judged by the one thing that counts, the error of the final image (the protocol is that of `evaluate`), on
 calibration seeds. The best plan then has to beat fewer steps on other seeds, or fewer steps are what is returned. The
@@ -219,7 +219,7 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache calibrate", doc=__doc__)
     add = parser.add_argument
-    add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
+    add("--ckpt", default="tiny_cifar10", help="a checkpoint's name or path (default: tiny_cifar10)")
     add("--budget", type=float, nargs="+", default=[20.0], help="cost of an image, in --unit (default: 20)")
     add("--unit", choices=UNITS, default="passes", help="full passes (default), GMACs or seconds")
     add("--sampler", default="auto", choices=("auto", *SOLVERS, "ddpm"), help="default auto: the best without noise")

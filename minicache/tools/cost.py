@@ -10,6 +10,7 @@ import argparse
 from minicache.checkpoints import shape_of
 from minicache.cost import cache_bytes, pass_cost, plan_macs, weight_bytes
 from minicache.plan import FORECASTS, CachePlan, uniform
+from minicache.sampling import STEPS
 from minicache.tools import Parser
 from minicache.unet import UNet
 
@@ -46,12 +47,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--ckpt",
-        default="tiny",
-        help="a checkpoint (a published one need not be on disk), or cifar10 or lsun_256 (default: tiny)",
+        default="emoji",
+        help="a checkpoint (a published one need not be on disk), or cifar10 or lsun_256 (default: emoji)",
     )
-    add("--steps", type=int, default=100, help="(default: 100)")
+    add("--steps", type=int, default=STEPS, help=f"(default: {STEPS})")
     add("--interval", type=int, default=5, help="N of 1:N (default: 5)")
-    add("--branch", type=int, default=3, help="(default: 3)")
+    add("--branch", type=int, default=1, help="(default: 1)")
     add("--forecast", choices=FORECASTS, default="hold", help="(default: hold)")
     return parser.parse_args(argv)
 

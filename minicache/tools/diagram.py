@@ -1,6 +1,6 @@
 """A network as a picture, drawn from the live object: D_i on the way down, M, U_i on the way up, and what is cached.
 
-python -m minicache diagram --ckpt tiny --branch 3 --out idea.svg
+python -m minicache diagram --ckpt emoji --branch 1 --out idea.svg
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def diagram(unet: UNet, branch: int = 3) -> str:
     side = unet.config.image_size
     shape = unet.cached_shape(branch, side, side)
     ys, sides = rows(unet)
-    said = f"a partial step runs the {branch} outermost pairs; a full step runs everything"
+    pairs = "outermost pair" if branch == 1 else f"{branch} outermost pairs"
+    said = f"a partial step runs the {pairs}; a full step runs everything"
     parts = [*ends(ys[0]), *levels(ys, sides), text(MIDDLE + BOX // 2, 22, said, "middle")]
     for i, y in enumerate(ys[:-1]):
         parts += pair(i, y, live=i < branch)
@@ -93,7 +94,7 @@ def ascent(ys: list[int], branch: int) -> list[str]:
 def cut(ys: list[int], branch: int, shape: tuple[int, int, int]) -> list[str]:
     """A line across, below what a partial step runs, with the name and the shape of what it is given."""
     y = (ys[branch - 1] + HEIGHT + ys[branch]) / 2
-    line = f'<line x1="20" x2="{UP - 12}" y1="{y}" y2="{y}" stroke="{EDGE}" stroke-dasharray="7 5"/>'
+    line = f'<line x1="{LEFT - 34}" x2="{UP - 12}" y1="{y}" y2="{y}" stroke="{EDGE}" stroke-dasharray="7 5"/>'
     name = f"cached_U {' x '.join(map(str, shape))}"
     return [line, text(UP + 12, y + 4, name, "start", f'fill="{EDGE}" font-weight="bold"')]
 
@@ -140,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache diagram", doc=__doc__)
-    parser.add_argument("--ckpt", default="tiny", help="a checkpoint, or cifar10 or lsun_256 (default: tiny)")
-    parser.add_argument("--branch", type=int, default=3, help="pairs that stay alive (default: 3)")
+    parser.add_argument("--ckpt", default="emoji", help="a checkpoint, or cifar10 or lsun_256 (default: emoji)")
+    parser.add_argument("--branch", type=int, default=1, help="pairs that stay alive (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("idea.svg"), help="(default: idea.svg)")
     return parser.parse_args(argv)

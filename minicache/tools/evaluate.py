@@ -1,6 +1,6 @@
 """Compare fewer steps, DeepCache, forecasts and calibrated plans: one table, one picture, error against cost.
 
-    python -m minicache evaluate --ckpt tiny --out evaluation
+    python -m minicache evaluate --ckpt tiny_cifar10 --out evaluation
     python -m minicache evaluate --ckpt tiny_cifar10 --real cifar10-test.zip --num 1000 --out evaluation
     python -m minicache evaluate --ckpt ddpm_cifar10_ema --real cifar10 --num 50000 --fid --spacing quad --out table2
     python -m minicache evaluate --ckpt tiny_cifar10 --ancestral 250 --out ancestral
@@ -271,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache evaluate", doc=__doc__)
     add = parser.add_argument
-    add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
+    add("--ckpt", default="tiny_cifar10", help="a checkpoint's name or path (default: tiny_cifar10)")
     add("--out", default="evaluation", help="a folder (default: evaluation)")
     add("--pairs", type=int, default=32, help="seeds whose images are compared one by one (default: 32)")
     add("--real", help="cifar10 (the training set), or an npz, a folder or zip of images: measure distances to them")

@@ -1,7 +1,7 @@
 """A network as two graphs, full and partial, for runtimes without Python: what DeepCache needs, and nothing else.
 
-    python -m minicache export --ckpt tiny --out onnx_tiny      # needs pip install 'minicache[onnx]'
-    python onnx_tiny/example.py 100 5                           # DeepCache in 40 lines of onnxruntime and NumPy
+    python -m minicache export --ckpt tiny_cifar10 --out graphs      # needs pip install 'minicache[onnx]'
+    python graphs/example.py 100 5                                   # DeepCache in 40 lines of onnxruntime and NumPy
 
     full:    x [B, C, H, W], t [1] int64                                   -> eps like x, cached_U
     partial: x, t, cached_U [B, *cached_shape] of the last full pass       -> eps
@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache export", doc=__doc__)
     add = parser.add_argument
-    add("--ckpt", default="tiny", help="a checkpoint's name or path (default: tiny)")
+    add("--ckpt", default="tiny_cifar10", help="a checkpoint's name or path (default: tiny_cifar10)")
     add("--out", required=True, help="a folder")
     add("--branch", type=int, default=3, help="of the partial graph (default: 3)")
     add("--format", choices=FORMATS, default="onnx", help="onnx (default), or pt2, torch.export's")
