@@ -78,15 +78,17 @@ def test_the_same_network_takes_part_three_times(branch, fields):
     """diffusers' full pass is ours, and so is the partial pass of DeepCache's helper."""
     pytest.importorskip("diffusers")
     unet = random_unet(UNetConfig(**{**asdict(SMALL), "num_res_blocks": 2, **fields}))
-    model = bench.diffusers_model(unet, choose_placement("cpu", "float32"))
+    model = bench.diffusers_model(unet, choose_placement("cpu", "float32")).double()
+    unet.double()  # as both round, each in its way; timesteps are embedded in float32 still
+    torch.manual_seed(0)
     x, t, context = bench.inputs(unet, 2)
     eps, cached_U = unet.forward_full(x, t, branch, context)
-    assert relative(model(x, t, context).sample, eps) < 1e-5
+    assert relative(model(x, t, context).sample, eps) < 5e-6
     pytest.importorskip("DeepCache")
     twin = bench.helped(model, branch, [t, t - 1])
-    assert relative(twin(x, t, context).sample, eps) < 1e-5
+    assert relative(twin(x, t, context).sample, eps) < 5e-6
     moved = unet.forward_partial(x + 0.1, t - 1, cached_U, branch, context)
-    assert relative(twin(x + 0.1, t - 1, context).sample, moved) < 1e-5
+    assert relative(twin(x + 0.1, t - 1, context).sample, moved) < 5e-6
     assert relative(model(x + 0.1, t - 1, context).sample, moved) > 1e-3  # and is unlike the full pass
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from minicache import __main__ as door
 from minicache import tools
-from minicache.tools import Parser, run
+from minicache.tools import Parser, markdown, run
 
 
 def said(capsys, error: BaseException, code: int = 2) -> str:
@@ -96,3 +96,14 @@ def test_debug_shows_tracebacks(monkeypatch):
 
 def test_an_interruption_exits_as_the_shell_expects(capsys):
     assert said(capsys, KeyboardInterrupt(), 130) == ""
+
+
+def test_a_table_has_a_column_for_all_that_any_row_says():
+    assert markdown(
+        [{"pass": "full", "ms": 12345.6}, {"pass": "branch 1", "ms": 1.23456, "diffusers": None, "n": 2}]
+    ) == (
+        "| pass | ms | diffusers | n |\n"
+        "| --- | --- | --- | --- |\n"
+        "| full | 12346 |  |  |\n"
+        "| branch 1 | 1.235 |  | 2 |\n"
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from minicache.checkpoints import shape_of
+from minicache.checkpoints import PRESETS, shape_of
 from minicache.cost import cache_bytes, pass_cost, plan_macs, weight_bytes
 from minicache.plan import FORECASTS, CachePlan, uniform
 from minicache.sampling import STEPS
@@ -45,11 +45,8 @@ def table(unet: UNet, plan: CachePlan) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache cost", doc=__doc__)
     add = parser.add_argument
-    add(
-        "--ckpt",
-        default="emoji",
-        help="a checkpoint (a published one need not be on disk), or cifar10 or lsun_256 (default: emoji)",
-    )
+    which = f"a checkpoint (a published one need not be on disk), or one of {', '.join(PRESETS)} (default: emoji)"
+    add("--ckpt", default="emoji", help=which)
     add("--steps", type=int, default=STEPS, help=f"(default: {STEPS})")
     add("--interval", type=int, default=5, help="N of 1:N (default: 5)")
     add("--branch", type=int, default=1, help="(default: 1)")
