@@ -8,7 +8,9 @@ from conftest import ROOT
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
+pytest.importorskip("sklearn")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+GLOSSARY = ROOT / "notebooks" / "GLOSSARY.md"
 
 
 def solutions(notebook) -> list[str]:
@@ -24,9 +26,9 @@ def test_notebook_and_its_solutions_run(path):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, GLOSSARY], ids=lambda path: path.stem)
 def test_links_between_notebooks_lead_somewhere(path):
-    for link in re.findall(r"\]\(([^)\s]+\.ipynb)\)", path.read_text()):
+    for link in re.findall(r"\]\(([^)\s]+\.(?:ipynb|md))\)", path.read_text()):
         assert (path.parent / link).is_file(), link
 
 
