@@ -34,3 +34,12 @@ def test_links_between_notebooks_lead_somewhere(path):
 
 def test_there_are_notebooks():
     assert NOTEBOOKS and all(path.stat().st_size < 1_000_000 for path in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_short_and_asks_before_it_shows(path):
+    markdown = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    text = "\n".join(markdown)
+    prose = re.sub(r"```python\n.*?```|\$\$.*?\$\$|<[^>]+>", "", text, flags=re.DOTALL)  # no code, no equation, no tag
+    assert len(prose.split()) <= 1000
+    assert text.count("**Predict before you run") == 2 and "](GLOSSARY.md)" in text
