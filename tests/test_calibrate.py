@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import random_unet
+from minicache.tools.judge import Judge, fit, gauss_newton
 from tqdm import tqdm
 
 from minicache import CachePlan, Diffusion, Recipe, denoise, load, uncached, uniform
@@ -16,7 +17,6 @@ from minicache.plan import from_refreshes
 from minicache.tools import calibrate
 from minicache.tools.calibrate import widest
 from minicache.tools.evaluate import Benchmark
-from minicache.tools.judge import Judge, fit, gauss_newton
 from sample import main as sample_main
 from sample import parse as sample_parse
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, noise, random_unet
+from minicache.tools.judge import Judge
 
 from minicache import CachePlan, Diffusion, Recipe, sample, uncached
 from minicache.checkpoints import fingerprint, save
@@ -18,7 +19,6 @@ from minicache.metrics import relative_l2
 from minicache.tools import evaluate
 from minicache.tools.calibrate import CALIBRATION, CHECK
 from minicache.tools.evaluate import FLOOR, HELD_OUT, Benchmark, clock
-from minicache.tools.judge import Judge
 
 
 @pytest.fixture(scope="module")
