@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from minicache.checkpoints import fingerprint, load
 from minicache.cost import full_passes
-from minicache.fit import FINEST, fitted, forecast, nested, search
+from minicache.fit import FINEST, SWEEPS, fitted, forecast, nested, search
 from minicache.fit import Path as FinePath
 from minicache.metrics import relative_l2
 from minicache.placement import choose_placement, place
@@ -42,6 +42,7 @@ CALIBRATION = range(10_000, 10_008)  # seeds that are fitted on
 CHECK = range(10_008, 10_024)  # seeds that choose
 HELD_OUT = range(32)  # seeds that nothing is chosen by, as sample.py's own
 BATCH = 16
+CACHED_FROM = 15  # steps: with fewer, a full step is worth more than the partial ones for its price
 RHOS = (3, 4, 5, 7)  # spacings that a fit begins with
 RIVALS = tuple(name for name, entry in SAMPLERS.items() if entry.noise != "variance" and not entry.twice)
 
@@ -79,12 +80,12 @@ def fits(task: Task, path: FinePath, budget: float) -> Iterator[Recipe]:
     plan = uncached(int(budget / step + 1e-9))
     starts = {rho: fitted(unet, path, unet.diffusion.timesteps(plan.steps, f"rho{rho}"), plan).error for rho in RHOS}
     rho = min(starts, key=starts.get)
-    plans = [plan]
-    if plan.steps > 4:
-        gap = task.cost(CachePlan(2, 1, (0,))) - step
-        plans.append(nested(plan.steps - 1, int((budget - step * (plan.steps - 1)) / gap + 1e-9)))
-    for plan in plans:
-        for fit in search(unet, path, plan, rho):
+    plans = {plan: SWEEPS}
+    if plan.steps >= CACHED_FROM:
+        partial_step, rest = task.cost(CachePlan(2, 1, (0,))) - step, budget - step * (plan.steps - 1)
+        plans[nested(plan.steps - 1, min(int(rest / partial_step + 1e-9), plan.steps - 3))] = 1
+    for plan, sweeps in plans.items():
+        for fit in search(unet, path, plan, rho, sweeps):
             yield task.recipe(fit.plan, fit.solver, error=fit.error)
 
 
