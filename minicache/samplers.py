@@ -167,11 +167,11 @@ class Sampler:
 SAMPLERS = {
     "ddim": Sampler(ddim_step, noise="eta"),
     "ddpm": Sampler(ddpm_step, noise="variance", clip_x0=True),
-    "plms": Sampler(plms_step, history=3, spacing="rho3"),
-    "plms2": Sampler(plms_step, history=1, spacing="rho4"),  # the number, here and below: of the order
-    "plms3": Sampler(plms_step, history=2, spacing="rho3"),
+    "plms": Sampler(plms_step, history=3, spacing="rho7"),
+    "plms2": Sampler(plms_step, history=1, spacing="rho7"),  # the number, here and below: of the order
+    "plms3": Sampler(plms_step, history=2, spacing="rho7"),
     "pndm": Sampler(pndm_step, history=4, spacing="offset", twice=True),
-    "deis": Sampler(deis_step, history=2, spacing="rho3"),
+    "deis": Sampler(deis_step, history=2, spacing="rho7"),
     "deis4": Sampler(deis_step, history=3, spacing="rho7"),  # tAB3 of the paper: a cubic
     "dpm++2m": Sampler(dpmpp_2m_step, history=1, spacing="rho7"),
     "dpm++3m": Sampler(dpmpp_3m_step, history=2, spacing="rho7"),
