@@ -136,7 +136,8 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
     if args.ckpt in REGISTRY and REGISTRY[args.ckpt].note:
         print(f"  {REGISTRY[args.ckpt].note}")
     eta = f", eta {settings['eta']}" if settings["eta"] else ""
-    line = f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {len(plan.refresh)} in full"
+    spacing = f" ({settings['spacing']})" if settings["spacing"] else ""
+    line = f"{settings['sampler']}{eta}, {plan.steps} steps{spacing}: {len(plan.refresh)} in full"
     guidance = settings["guidance"]
     macs, whole = plan_macs(unet, plan, guidance), plan_macs(unet, uncached(plan.steps), guidance)
     cost = f"{macs / 1e9:.2f} GMACs an image, {full_passes(unet, plan, guidance):.1f} full passes"

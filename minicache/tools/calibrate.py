@@ -130,7 +130,7 @@ def report(task: Task, compared: list[Recipe], target: Tensor) -> str:
         spread = f"{e.mean():.4f} +- {e.std() / len(e) ** 0.5:.4f}"
         partial_steps = plan.steps - len(plan.refresh)
         steps = f"{len(plan.refresh)} full, {partial_steps} partial"
-        rows.append({"sampler": f"{recipe.sampler} {recipe.spacing or ''}".strip(), "steps": steps,
+        rows.append({"sampler": recipe.label, "steps": steps,
                      "cost": task.cost(plan), "error": spread,
                      "median": e.median().item(), "worst": e.max().item()})  # fmt: skip
     return markdown(rows)
