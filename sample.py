@@ -121,9 +121,11 @@ def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: 
     try:
         return nearest_recipe(shipped, args.budget, partial(full_passes, unet, guidance=guidance))
     except ValueError as error:
-        if unet.config.context_dim:
+        if unet.config.context_dim and not unet.vocabulary:
             raise
-        command = f"python -m minicache calibrate --ckpt {args.ckpt} --budget {args.budget:g} --out recipe.json"
+        strength = f" --guidance {guidance:g}" if unet.vocabulary else ""
+        what = f"--ckpt {args.ckpt}{strength} --budget {args.budget:g}"
+        command = f"python -m minicache calibrate {what} --out recipe.json"
         raise ValueError(f"{error}: make one with {command}, and use it with --plan recipe.json") from None
 
 
