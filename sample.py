@@ -163,7 +163,7 @@ def show(
     """Save a grid or an animation, a prompt under each picture; with --compare, the uncached one on its left."""
     plan, film = settings["plan"], out.suffix == ".gif"
     if args.compare:  # the first pass of each kind prepares kernels, and is not what should be compared
-        warm_up = {**settings, "plan": CachePlan(3, plan.branch, (0,))}
+        warm_up = {"plan": CachePlan(3, plan.branch, (0,)), "guidance": settings["guidance"]}
         draw(unet, seeds[: args.batch_size], args.batch_size, prompts, warm_up, finish)
     frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, finish, film)
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")

@@ -149,8 +149,9 @@ def main(args: argparse.Namespace) -> None:
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompts=args.prompts, guidance=args.guidance)
     task = Task(place(unet, placement), weights, prompts)
     step = task.cost(uncached(1))
+    most = unet.diffusion.num_timesteps * step
     for budget in args.budget:
-        if not 2 * step <= budget <= (most := unet.diffusion.num_timesteps * step):
+        if not 2 * step <= budget <= most:
             raise ValueError(f"--budget {budget:g}: {args.ckpt} can be fitted for {2 * step:g} to {most:g} full passes")
     whole = None if args.steps is None else task.recipe(uncached(passes(args.steps, args.sampler)), args.sampler)
     limit = whole or task.recipe(uncached(FINEST["steps"]), FINEST["sampler"], spacing=FINEST["spacing"])
