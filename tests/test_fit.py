@@ -1,7 +1,7 @@
 """The fit of a solver: the path that it runs beside, its weights, its timesteps, and the alphas of a cache."""
 
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def error(net, path, sampler, plan) -> float:
 
 def test_the_path_passes_through_the_fine_steps(net, path):
     steps = list(denoise(net, SEEDS, **{**FINEST, "steps": 40}))
-    for step, after in zip(steps, steps[1:]):
+    for step, after in pairwise(steps):
         a = net.diffusion.alpha_bar(after.t)
         assert relative(path(noise_level(a)), step.x / a**0.5) < 1e-4
     assert torch.equal(path.image, steps[-1].x) and relative(path(0.0), path.image) < 1e-6

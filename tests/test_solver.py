@@ -1,4 +1,4 @@
-"""Solvers, samplers as tables of numbers: what they equal, what they refuse, and their way through the loop and JSON."""
+"""Solvers, samplers as tables of numbers: what they equal, what they refuse, their way through the loop and JSON."""
 
 import json
 from dataclasses import asdict, replace
@@ -149,7 +149,7 @@ def test_bad_recipes_are_refused(tmp_path, change):
     values = asdict(Recipe(uncached(4), SOLVER))
     values["sampler"] |= change
     (tmp_path / "r.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="r.json is not a recipe: ") as error:
+    with pytest.raises(ValueError, match=r"r\.json is not a recipe: ") as error:
         Recipe.load(tmp_path / "r.json")
     assert "\n" not in str(error.value)
 
