@@ -28,6 +28,11 @@ class Recipe(Settings):
             if not isinstance(getattr(self, name), kinds):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of the wrong kind")
 
+    @property
+    def label(self) -> str:
+        """The sampler and the spacing, as "plms, rho7"; a solver's name alone."""
+        return f"{self.sampler}, {self.spacing}" if self.spacing else str(self.sampler)
+
     def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
         """Keyword arguments for `sample` and `denoise`; refused for weights of another fingerprint."""
         if self.fingerprint not in (None, fingerprint):

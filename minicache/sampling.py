@@ -50,9 +50,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={str(self.sampler)!r}")
         if self.entry.twice and self.plan.steps < 3:
             raise ValueError(f"sampler={self.sampler!r} takes its first step twice, and needs 2 timesteps or more")
-        for name in ("spacing", "start"):
-            if fitted and getattr(self, name) is not None:
-                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to a solver, which has its timesteps")
+        if fitted and (self.spacing, self.start) != (None, None):
+            raise ValueError(f"spacing={self.spacing!r}, start={self.start!r}: a solver has timesteps of its own")
         if fitted and len(self.sampler.t) != self.plan.steps:
             raise ValueError(f"the solver has {len(self.sampler.t)} steps, and the plan {self.plan.steps}")
         if not fitted:
@@ -63,11 +62,6 @@ class Settings:
     def entry(self) -> Sampler:
         """What the loop must know of the sampler."""
         return self.sampler.entry if isinstance(self.sampler, Solver) else SAMPLERS[self.sampler]
-
-    @property
-    def label(self) -> str:
-        """The sampler and the spacing, as "plms, rho7"; a solver's name alone."""
-        return f"{self.sampler}, {self.spacing}" if self.spacing else str(self.sampler)
 
     @property
     def steps(self) -> int:

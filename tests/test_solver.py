@@ -157,8 +157,8 @@ def test_bad_recipes_are_refused(tmp_path, change):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"spacing": "rho7"}, "spacing='rho7' means nothing to a solver"),
-        ({"start": 500}, "start=500 means nothing to a solver"),
+        ({"spacing": "rho7"}, "spacing='rho7', .*: a solver has timesteps of its own"),
+        ({"start": 500}, "start=500: a solver has timesteps of its own"),
         ({"eta": 0.5}, "eta=0.5 means nothing to sampler='fitted'"),
         ({"variance": "fixed_small"}, "variance='fixed_small' means nothing to sampler='fitted'"),
         ({"plan": uncached(5)}, "the solver has 4 steps, and the plan 5"),
