@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, noise, random_unet
-from minicache.tools.judge import Judge
 
 from minicache import CachePlan, Diffusion, Recipe, sample, uncached
 from minicache.checkpoints import fingerprint, save
@@ -65,9 +64,10 @@ def test_protocol(unet):
     unet.diffusion = Diffusion(num_timesteps=20)
     try:
         pure = Benchmark(unet, "")
-        judge = Judge.on(pure, [3, 4])
-        assert torch.equal(judge.reference, sample(unet, [3, 4], sampler="dpm++2m", steps=20, spacing="trailing"))
-        exact, *others = (judge.errors(recipe) for recipe in pure.fewer_steps(20, ("dpm++2m", "ddim")))
+        reference = pure.images(pure.finest, [3, 4])
+        assert torch.equal(reference, sample(unet, [3, 4], sampler="dpm++2m", steps=20, spacing="trailing"))
+        recipes = pure.fewer_steps(20, ("dpm++2m", "ddim"))
+        exact, *others = (relative_l2(pure.images(recipe, [3, 4]), reference) for recipe in recipes)
         assert len(others) == 7 and min(error.max() for error in [exact, *others]) == 0
         begun = Benchmark(unet, "", 10, lambda n, generator: shapes(n, 16, generator))
         assert torch.equal(begun.x_T([3, 4])[1:], begun.x_T([4]))

@@ -179,7 +179,7 @@ def measured(name: str, recipe: Recipe, unet: UNet, images: Tensor, reference: T
     errors, near = relative_l2(images, reference), psnr(images, reference)
     return {
         "method": name,
-        "sampler": f"{recipe.sampler}, {recipe.spacing}",
+        "sampler": recipe.label,
         "steps": plan.steps,
         "in full": len(plan.refresh),
         "branch": plan.branch if len(plan.refresh) < plan.steps else "",
