@@ -15,6 +15,7 @@ from minicache.cost import macs, pass_seconds
 from minicache.fit import FINEST, forecast
 from minicache.images import to_uint8
 from minicache.metrics import relative_l2
+from minicache.plan import PlanCache
 from minicache.solver import tabulated
 from minicache.tools import evaluate
 from minicache.tools import methods as rivals
@@ -24,14 +25,23 @@ from minicache.tools.methods import FLOOR, Method, Spectrum, methods, whole_run
 from minicache.words import Prompts, Vocabulary
 
 
-@pytest.fixture(scope="module")
-def net(tmp_path_factory) -> Path:
-    """32 x 32 pixels, as the classifier's features need, and so few timesteps that the reference is soon drawn."""
-    unet = random_unet(replace(SMALL, image_size=32, attention_resolutions=(16,)))
+def stored(path: Path, size: int) -> Path:
+    """So few timesteps that the reference is soon drawn."""
+    unet = random_unet(replace(SMALL, image_size=size, attention_resolutions=(size // 2,)))
     unet.diffusion = Diffusion(num_timesteps=20, beta_end=0.2)
-    path = tmp_path_factory.mktemp("net") / "net.pt"
     save(path, unet)
     return path
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory) -> Path:
+    return stored(tmp_path_factory.mktemp("net") / "net.pt", 16)
+
+
+@pytest.fixture(scope="module")
+def net32(tmp_path_factory) -> Path:
+    """32 x 32 pixels, as the classifier's features need."""
+    return stored(tmp_path_factory.mktemp("net") / "net32.pt", 32)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +73,12 @@ def few(monkeypatch):
     kinds = ("whole", "deepcache-n5-b3", "linear-n5-b1", "l2p-n5-b1", "spectrum-n5-b1", "uncached-5", FLOOR, "ddpm-5")
 
     def chosen(*args) -> dict[str, dict[str, Method]]:
-        return {name: row for name, row in methods(*args).items() if name in kinds or "cached-" in name}
+        found = {name: row for name, row in methods(*args).items() if name in kinds or "-cached-" in name}
+        return {name: dict(list(row.items())[:3]) for name, row in found.items()}
 
     monkeypatch.setattr(evaluate, "methods", chosen)
     monkeypatch.setattr(evaluate, "clock", lambda task: lambda plan: plan.steps)
+    monkeypatch.setattr(rivals, "CALIBRATION", range(100, 102))
 
 
 @pytest.fixture(scope="module")
@@ -142,18 +154,18 @@ def test_recipes_are_named_for_what_they_are(unet, worded):
     assert names(worded) == ["fitted-uncached-20"]
 
 
-def test_a_ridge_on_polynomials_follows_a_polynomial():
-    plan = uniform(21, 2, 1, "linear")
-    y = torch.linspace(-1, 1, 21) ** 3 + 2
-    errors = {}
-    for forecast_of in (Spectrum, rivals.PlanCache):
-        features = forecast_of(plan)
-        for i in range(21):
-            if features.refreshes(i, None):
+def test_without_a_ridge_polynomials_are_forecast_exactly(monkeypatch):
+    """From as many features on as a polynomial of degree 4 has coefficients."""
+    monkeypatch.setattr(Spectrum, "RIDGE", 1e-12)
+    plan, y = uniform(21, 2, 1, "linear"), torch.linspace(-1, 1, 21, dtype=torch.float64) ** 3 + 2
+    spectrum, linear = Spectrum(plan), PlanCache(plan)
+    for i in range(21):
+        for features in (spectrum, linear):
+            if i in plan.refresh:
                 features.keep(i, y[i].reshape(1, 1))
-            else:
-                errors.setdefault(forecast_of, []).append(abs(features.stand_in(i).item() - y[i].item()))
-    assert max(errors[Spectrum][-3:]) < max(errors[rivals.PlanCache][-3:])
+        if i not in plan.refresh and i > 8:
+            assert spectrum.stand_in(i).item() == pytest.approx((linear.stand_in(i).item() + y[i].item()) / 2, abs=1e-3)
+            assert abs(linear.stand_in(i).item() - y[i].item()) > 4e-3 or i in (9, 11)
 
 
 def test_alphas_are_learned_on_other_seeds_when_they_are_needed(unet):
@@ -185,7 +197,7 @@ def test_a_pass_is_timed_with_a_context_as_long_as_a_prompt(worded, monkeypatch)
 def test_table_of_errors(net, tmp_path, few, capsys):
     made_for = fingerprint(evaluate.load(net))
     Recipe(CachePlan(12, 4, (0, 3, 11)), fingerprint=made_for).save(tmp_path / "r" / "x.json")
-    flags = ["--like", "ddim-20", "--budgets", 5, "--pairs", 2, "--recipes", tmp_path / "r", "--out", tmp_path / "out"]
+    flags = ["--like", "ddim-12", "--budgets", 5, "--pairs", 2, "--recipes", tmp_path / "r", "--out", tmp_path / "out"]
     run("--ckpt", net, *flags)
     rows = rows_of(tmp_path / "out" / "table.md")
     cached = [name for name in rows if name.startswith("ddim-cached-")]
@@ -193,7 +205,7 @@ def test_table_of_errors(net, tmp_path, few, capsys):
     assert list(rows) == ["whole", *published, *cached, "uncached-5", FLOOR] and len(cached) == 1
     unet = evaluate.load(net)
     reference = sample(unet, range(2), sampler="dpm++2m", spacing="rho4", steps=20)
-    errors = {name: relative_l2(sample(unet, range(2), sampler=name, steps=5), reference) for name in RIVALS}
+    errors = {name: relative_l2(sample(unet, range(2), sampler=name, steps=5), reference) for name in RIVALS[:3]}
     best = min(errors, key=lambda name: errors[name].mean())
     shown = rows["uncached-5"]
     assert shown["sampler"].startswith(f"{best}, ")
@@ -202,13 +214,14 @@ def test_table_of_errors(net, tmp_path, few, capsys):
         assert float(shown[name]) == pytest.approx(value.item(), rel=1e-3)
     assert (shown["steps"], shown["in full"], shown["branch"], shown["full passes"]) == ("5", "5", "", "5")
     held = rows["deepcache-n5-b3"]
-    assert float(held["GMACs"]) == pytest.approx((4 * macs(unet) + 16 * macs(unet, 3)) / 1e9, rel=1e-3)
-    whole, cached_run = (sample(unet, range(2), plan=plan) for plan in (uncached(20), uniform(20, 5, 3)))
+    assert float(held["GMACs"]) == pytest.approx((3 * macs(unet) + 9 * macs(unet, 3)) / 1e9, rel=1e-3)
+    whole, cached_run = (sample(unet, range(2), plan=plan) for plan in (uncached(12), uniform(12, 5, 3)))
     same = "to the same steps uncached"
     assert float(held[same]) == pytest.approx(relative_l2(cached_run, whole).mean().item(), rel=1e-3)
-    assert rows["whole"][same] == "0" and shown[same] == rows[cached[0]][same] == rows[FLOOR][same] == ""
+    assert rows["whole"][same] == "0" and shown[same] == rows[FLOOR][same] == ""
+    assert float(rows[cached[0]][same]) > 0
     assert len({rows[name]["error"] for name in published}) == 4
-    assert f"about {2 * (20 * 5 + 12 + 11 * 5 + 10) / 3600:.1f} hours" in capsys.readouterr().out
+    assert f"about {2 * (12 * 6 + 3 * 5 + 10) / 3600:.1f} hours" in capsys.readouterr().out
     drawn = {"error.png"} if find_spec("matplotlib") else set()  # an extra
     assert {"table.md", "samples.png", "pairs"} | drawn == {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -229,7 +242,7 @@ def test_prompts_and_guidance(worded, tmp_path, few):
         run(*flags, "--guidance", 2)
 
 
-def test_distances_are_of_the_same_pictures_and_nothing_is_drawn_twice(net, real, tmp_path, few, monkeypatch):
+def test_distances_are_of_the_same_pictures_and_nothing_is_drawn_twice(net32, real, tmp_path, few, monkeypatch):
     out, drawn = tmp_path / "out", []
     draw = Pictures.draw
 
@@ -238,7 +251,7 @@ def test_distances_are_of_the_same_pictures_and_nothing_is_drawn_twice(net, real
         return draw(self, method, seeds)
 
     monkeypatch.setattr(Pictures, "draw", counted)
-    flags = ["--ckpt", net, "--like", "ddim-10", "--budgets", 5, "--pairs", 3, "--num", 7, "--real", real]
+    flags = ["--ckpt", net32, "--like", "ddim-8", "--budgets", 5, "--pairs", 3, "--num", 7, "--real", real]
     run(*flags, "--batch-size", 2, "--out", out)
     assert len(drawn) == len(set(drawn))
     pairs = np.load(out / "pairs" / "linear-n5-b1.npz")["arr_0"]
@@ -269,9 +282,9 @@ def test_auto_is_kept_as_what_was_chosen(net, tmp_path, few, monkeypatch):
         run(*flags, "--out", tmp_path / "out")
 
 
-def test_real_images_are_seen_by_inception_once(net, real, tmp_path, few, inception):
+def test_real_images_are_seen_by_inception_once(net32, real, tmp_path, few, inception):
     flags = ["--like", "ddim-5", "--budgets", 5, "--pairs", 2, "--num", 4, "--real", real, "--fid"]
-    run("--ckpt", net, *flags, "--out", tmp_path / "out")
+    run("--ckpt", net32, *flags, "--out", tmp_path / "out")
     rows = rows_of(tmp_path / "out" / "table.md")
     assert inception == [9, 4, 4, 4, 4, 4, 4] and "FID" in rows["whole"]
 
@@ -302,9 +315,9 @@ def test_ancestral_plans(net, tmp_path, few):
         (["--like", "ddim-10", "--budgets", "0.5"], "steps=0 must be a whole number of at least 1"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(net, real, tmp_path, flags, words):
+def test_bad_input_is_refused_before_anything_is_written(net32, real, tmp_path, flags, words):
     np.savez(tmp_path / "small.npz", arr_0=to_uint8(noise(4, 3, 16, 16)))
     flags = [{"REAL": real, "SMALL": tmp_path / "small.npz"}.get(flag, flag) for flag in flags]
     with pytest.raises(ValueError, match=words):
-        run("--ckpt", net, "--out", tmp_path / "out", *flags)
+        run("--ckpt", net32, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
