@@ -102,7 +102,8 @@ class Forecasting(torch.nn.Module):
         self.alpha.append(0.0)
         if self.older is not None:
             change, needed = self.newer - self.older, self.unet.forward_full(x, t, branch, context)[1] - self.newer
-            self.alpha[-1] = ((change * needed).sum() / change.square().sum()).item()
+            square = change.float().square().sum().item()  # 0 where quad repeats a timestep
+            self.alpha[-1] = (change.float() * needed.float()).sum().item() / square if square else 0.0
             cached_U = self.newer + self.alpha[-1] * change
         return self.unet.forward_partial(x, t, cached_U, branch, context)
 
