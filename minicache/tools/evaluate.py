@@ -129,7 +129,7 @@ def measured(name: str, recipe: Recipe, task: Task, images: Tensor, reference: T
     errors, near = relative_l2(images, reference), psnr(images, reference)
     return {
         "method": name,
-        "sampler": ", ".join(filter(None, (str(recipe.sampler), recipe.spacing))),
+        "sampler": recipe.label,
         "steps": plan.steps,
         "in full": len(plan.refresh),
         "branch": plan.branch if len(plan.refresh) < plan.steps else "",

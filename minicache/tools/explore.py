@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from minicache.checkpoints import load
 from minicache.cost import full_passes, macs, pass_seconds
-from minicache.diffusion import timesteps
 from minicache.files import replacing
 from minicache.images import picture, to_uint8
 from minicache.metrics import psnr, relative_l2
@@ -39,7 +38,12 @@ from minicache.words import Prompts
 INTERVALS = (1, 2, 3, 5, 10)
 BRANCHES = (1, 2, 3)
 # Solvers without a cache, as settings of `denoise`: at each cost, the one nearest to the reference is the rival.
-RIVALS: dict[str, dict[str, Any]] = {"DDIM": {"sampler": "ddim"}, "DPM-Solver++(2M)": {"sampler": "dpm++2m"}}
+RIVALS: dict[str, dict[str, Any]] = {
+    "DDIM": {"sampler": "ddim"},
+    "DPM-Solver++(2M)": {"sampler": "dpm++2m"},
+    "UniPC": {"sampler": "unipc"},
+    "PLMS": {"sampler": "plms2"},
+}
 REFERENCE = 200  # steps of DPM-Solver++(2M): every error is the distance to their pictures
 PICTURES = 6  # at most: what two rows on a phone have room for
 TALLEST = 16383  # pixels of a WebP
@@ -126,7 +130,7 @@ def explore(stage: Stage, steps: int) -> dict[str, Any]:
     budgets = sorted({run["rival"] for run in shown.values()})
     return {
         "steps": steps,
-        "timesteps": timesteps(steps, "uniform", unet.diffusion.num_timesteps),
+        "timesteps": unet.diffusion.timesteps(steps),
         "labels": stage.prompts.labels(stage.seeds) or [f"seed {seed}" for seed in stage.seeds],
         "side": unet.config.image_size,
         "sides": rows(unet)[1],  # of what each D_i emits
