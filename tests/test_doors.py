@@ -1,7 +1,8 @@
-"""What a reader may add without touching the loop: a sampler, a cache, a condition, a network; and timesteps between
-the whole ones."""
+"""What a reader may add without touching the loop: a sampler, a cache, a condition, a network, a file format; and
+timesteps between the whole ones."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,21 @@ import torch
 from conftest import noise, random_unet, relative
 from torch import nn
 
-from minicache import CachePlan, Diffusion, PlanCache, UNet, UNetConfig, denoise, sample, uncached, uniform
+from minicache import (
+    CachePlan,
+    Diffusion,
+    PlanCache,
+    UNet,
+    UNetConfig,
+    denoise,
+    formats,
+    load,
+    sample,
+    uncached,
+    uniform,
+)
+from minicache.formats.family import Family
+from minicache.formats.pesser import NAMES
 from minicache.samplers import SAMPLERS, Sampler, ddim_step, half_log_snr, predict_x0
 
 # --- a sampler -------------------------------------------------------------------------------------------------------
@@ -218,6 +233,25 @@ def test_any_network_with_the_two_passes_is_sampled_and_cached(sampler):
     context = torch.ones(3, 1, 1)
     towards = sample(toy, range(3), context=context, negative=-context, guidance=2.0, sampler=sampler, steps=12)
     assert towards.shape == full.shape and not torch.allclose(towards, full, atol=1e-2)
+
+
+# --- a file format ---------------------------------------------------------------------------------------------------
+
+
+def test_a_file_format_is_one_family(unet, monkeypatch, tmp_path):
+    names = replace(NAMES, conv_in="stem")
+    theirs = Family(mine=lambda content: "stem.weight" in content, keys=names.keys, infer=names.infer)
+    content, ours = {}, unet.state_dict()
+    for key, their_key in names.keys(unet).items():
+        conv = key.endswith(("q.weight", "k.weight", "v.weight", "proj_out.weight"))  # theirs is a 1x1 one
+        content[their_key] = ours[key][:, :, None, None] if conv else ours[key]
+    torch.save(content, tmp_path / "theirs.ckpt")
+    how = {"config": unet.config, "diffusion": Diffusion()}
+    with pytest.raises(ValueError):
+        load(tmp_path / "theirs.ckpt", **how)
+    monkeypatch.setattr(formats, "FAMILIES", (theirs, *formats.FAMILIES))
+    x = noise(1, 3, 16, 16)
+    assert relative(load(tmp_path / "theirs.ckpt", **how)(x, 500), unet(x, 500)) < 1e-5  # memory formats differ
 
 
 # --- timesteps between the whole ones --------------------------------------------------------------------------------
