@@ -132,6 +132,7 @@ def test_samplers_that_draw_noise_are_compared_in_their_own_steps(unet, flags):
 
 def test_steps_that_somebody_else_has_fixed(unet):
     found = of(Task(unet, "", Prompts([])), "pndm-50")
+    assert "pndm-2" not in of(Task(unet, "", Prompts([])), "pndm-50", budgets=[2])  # it takes 3 passes or more
     assert only(found["whole"]).plan.steps == 51 and only(found["deepcache-n3-b1"]).timesteps(unet.diffusion)[0] == 981
 
 
@@ -175,6 +176,14 @@ def test_alphas_are_learned_on_other_seeds_when_they_are_needed(unet):
     assert method.cache(method.recipe.plan).plan == expected != method.recipe.plan
     *_, last = denoise(unet, [0], **method.recipe.settings(), cache=method.cache)
     assert torch.equal(last.x, sample(unet, [0], **{**method.recipe.settings(), "plan": expected}))
+
+
+def test_alphas_of_timesteps_that_quad_repeats_are_zero(unet):
+    """Features do not change there, and nothing can be fitted."""
+    ts = Diffusion().timesteps(100, "quad")
+    assert ts[-4:] == [0, 0, 0, 0]
+    plan = CachePlan(100, 1, (0, 96, 98))
+    assert forecast(unet, seeds=[0], plan=plan, spacing="quad").alpha[99] == 0
 
 
 def test_the_clock_knows_every_branch_and_times_it_once(unet, worded, monkeypatch):

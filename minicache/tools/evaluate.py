@@ -9,21 +9,23 @@
 writes table.md, error.png (which needs matplotlib) and samples.png. It says how many hours it will take, and goes on
 after a crash when it is begun again. The protocol is the same for every method:
 
-Reference: fit.FINEST, many steps of DPM-Solver++(2M). Pictures of a sampler that draws noise depend on the number of
-steps, so there it is the uncached run of the same steps and the same noise: with fewer steps the distance alone counts.
+Reference: fit.FINEST, many steps of DPM-Solver++(2M). Pictures of a sampler that draws noise (--ancestral, --eta)
+depend on the number of steps. There it is the uncached run of the same steps and the same noise, and of a run with
+fewer steps only the distance counts.
 Seeds: calibrate's HELD_OUT, by which nothing is chosen, but the best sampler of the rows "uncached".
 Error: relative L2 of the final, unclipped image to the reference of the same seed, with the standard error of the mean;
 PSNR in dB likewise, of the clipped image. The row "floor" is the reference with half as many steps: errors near it say
-nothing. A further column has the error to the uncached run of the same steps, where these steps are given (--like).
+nothing. "to the same steps uncached" is the mean error to the row "whole" instead, for caches in the steps of --like.
 Cost: MACs of convolutions and linear layers, in full passes of the network; guidance takes two a step. Speed-ups, over
 the first row, are those of passes timed here.
 Distance (--real): the Frechet distance to real images, in the features of the classifier that ships (32 x 32 pixels),
 or with --fid in Inception's; of --num pictures, the first of which are those with errors. Compare equal counts.
 
-Methods. uncached: the best of all deterministic samplers. fitted: what `calibrate` found for these weights and this
-guidance. deepcache: 1:N reuse (Ma et al. 2024) in the steps of --like, at the paper's branch for DDPM, 3, and at 1.
-Forecasts in its place, at branch 1: linear; l2p: alphas fitted to features of other seeds, after L2P (2604.26365);
-spectrum: after Spectrum (2603.01623).
+Methods. whole: the uncached run of --like. uncached-COST: the best of all deterministic samplers, which its row names.
+fitted-uncached-COST and fitted-cached-COST: what `calibrate` found for these weights and this guidance. In the steps of
+--like: deepcache, 1:N reuse (Ma et al. 2024) at the paper's branch for DDPM, 3, and at 1; and forecasts at branch 1:
+linear; l2p, with alphas fitted to features of other seeds, after L2P (2604.26365); spectrum, after Spectrum
+(2603.01623). SAMPLER-COST: that of --like with fewer steps.
 
 Kept: NAME.npz, uint8, as evaluators read it; and in pairs/ the first --pairs images of each method as float32, since
 rounding to 8 bits alone is as large as the errors of the best methods.
@@ -127,7 +129,7 @@ def measured(name: str, recipe: Recipe, task: Task, images: Tensor, reference: T
     errors, near = relative_l2(images, reference), psnr(images, reference)
     return {
         "method": name,
-        "sampler": ", ".join(filter(None, (str(recipe.sampler), recipe.spacing))),
+        "sampler": recipe.label,
         "steps": plan.steps,
         "in full": len(plan.refresh),
         "branch": plan.branch if len(plan.refresh) < plan.steps else "",

@@ -1,4 +1,4 @@
-"""What `evaluate` compares: the rows of its table."""
+"""What `evaluate` compares: uncached and fitted samplers, DeepCache, and forecasts in its place."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def learned(task: Task, recipe: Recipe) -> Method:
 
 
 def draws_noise(recipe: Recipe) -> bool:
+    """Whether images depend on noise beside x_T, and so on the number of steps."""
     return recipe.entry.noise == "variance" or recipe.eta > 0
 
 
@@ -111,22 +112,26 @@ def fitted(task: Task, whole: Recipe, recipes: Iterable[Recipe]) -> dict[str, di
 
 
 def fewer_steps(task: Task, whole: Recipe, budget: float) -> dict[str, dict[str, Method]]:
-    """Uncached, for this cost: the best sampler, and that of `whole`."""
+    """Uncached runs for this cost: of all deterministic samplers, and of that of `whole`."""
     steps = int(budget / task.cost(uncached(1)) + 1e-9)
     kinds = {} if draws_noise(whole) else {"uncached": off_the_shelf(task, steps)}
-    kinds[whole.sampler] = [replace(whole, plan=uncached(steps))]
+    if steps > 2 or not whole.entry.twice:
+        kinds[whole.sampler] = [replace(whole, plan=uncached(steps))]
     return {f"{kind}-{budget:g}": {name_of(each): Method(each) for each in row} for kind, row in kinds.items()}
 
 
 def name_of(uncached: Recipe) -> str:
+    """Of its pictures on disk, which two rows may share."""
     return f"{uncached.sampler}-{uncached.spacing}-{uncached.plan.steps}"
 
 
 def methods(
     task: Task, whole: Recipe, budgets: Iterable[float], recipes: Iterable[Recipe]
 ) -> dict[str, dict[str, Method]]:
-    """Row -> name -> method, of one cost, of which the best counts; first comes `whole`. ValueError for what cannot be
-    drawn."""
+    """Row -> name -> method, of one cost, of which the best counts. The first row is `whole`.
+
+    ValueError for what cannot be drawn.
+    """
     found = {"whole": {name_of(whole): Method(whole)}}
     found |= {name: {name: method} for name, method in published(task, whole).items()}
     found |= fitted(task, whole, recipes)
