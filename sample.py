@@ -121,9 +121,11 @@ def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: 
     try:
         return nearest_recipe(shipped, args.budget, partial(full_passes, unet, guidance=guidance))
     except ValueError as error:
-        if unet.config.context_dim:
+        if unet.config.context_dim and not unet.vocabulary:
             raise
-        command = f"python -m minicache calibrate --ckpt {args.ckpt} --budget {args.budget:g} --out recipe.json"
+        strength = f" --guidance {guidance:g}" if unet.vocabulary else ""
+        what = f"--ckpt {args.ckpt}{strength} --budget {args.budget:g}"
+        command = f"python -m minicache calibrate {what} --out recipe.json"
         raise ValueError(f"{error}: make one with {command}, and use it with --plan recipe.json") from None
 
 
@@ -136,7 +138,8 @@ def describe(args: argparse.Namespace, unet: UNet, settings: dict[str, Any], pla
     if args.ckpt in REGISTRY and REGISTRY[args.ckpt].note:
         print(f"  {REGISTRY[args.ckpt].note}")
     eta = f", eta {settings['eta']}" if settings["eta"] else ""
-    line = f"{settings['sampler']}{eta}, {plan.steps} steps ({settings['spacing']}): {len(plan.refresh)} in full"
+    spacing = f" ({settings['spacing']})" if settings["spacing"] else ""
+    line = f"{settings['sampler']}{eta}, {plan.steps} steps{spacing}: {len(plan.refresh)} in full"
     guidance = settings["guidance"]
     macs, whole = plan_macs(unet, plan, guidance), plan_macs(unet, uncached(plan.steps), guidance)
     cost = f"{macs / 1e9:.2f} GMACs an image, {full_passes(unet, plan, guidance):.1f} full passes"
@@ -160,7 +163,7 @@ def show(
     """Save a grid or an animation, a prompt under each picture; with --compare, the uncached one on its left."""
     plan, film = settings["plan"], out.suffix == ".gif"
     if args.compare:  # the first pass of each kind prepares kernels, and is not what should be compared
-        warm_up = {**settings, "plan": CachePlan(3, plan.branch, (0,))}
+        warm_up = {"plan": CachePlan(3, plan.branch, (0,)), "guidance": settings["guidance"]}
         draw(unet, seeds[: args.batch_size], args.batch_size, prompts, warm_up, finish)
     frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, finish, film)
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")

@@ -104,14 +104,15 @@ def full_passes(unet: UNet, plan: CachePlan, guidance: float = 1.0) -> float:
 
 @torch.no_grad()
 def pass_seconds(unet: UNet, branch: int | None = None, batch: int = 16) -> float:
-    """What one pass takes, for one image: the median of 7 passes, by the clock."""
-    x = torch.randn(
-        batch, unet.config.in_channels, *[unet.config.image_size] * 2, device=next(unet.parameters()).device
-    )
-    cached_U, times = unet.forward_full(x, 500, branch or 1)[1], []
+    """What one pass takes, for one image: the median of 7 passes, by the clock; a context is as long as a prompt."""
+    config, device, context = unet.config, next(unet.parameters()).device, None
+    x = torch.randn(batch, config.in_channels, *[config.image_size] * 2, device=device)
+    if config.context_dim:
+        context = torch.randn(batch, context_length(unet), config.context_dim, device=device)
+    cached_U, times = unet.forward_full(x, 500, branch or 1, context)[1], []
     for _ in range(7):
         began = time.perf_counter()
-        eps = unet(x, 500) if branch is None else unet.forward_partial(x, 500, cached_U, branch)
+        eps = unet(x, 500, context) if branch is None else unet.forward_partial(x, 500, cached_U, branch, context)
         eps.sum().item()  # waits for the device
         times.append(time.perf_counter() - began)
     return statistics.median(times) / batch

@@ -74,7 +74,8 @@ class Fitting(Solver):
         s, s_next = noise_level(now.a), noise_level(a_next)
         needed = (self.path(s_next) - now.x / sqrt(now.a)) / (s_next - s)  # the direction that would end on it
         eps = torch.stack([now.eps, *(point.eps for point in past)])
-        E, short = (eps / self.path.norm).flatten(1).double(), ((needed - now.eps) / self.path.norm).flatten().double()
+        E = (eps / self.path.norm).flatten(1).cpu().double()  # not every device has float64
+        short = ((needed - now.eps) / self.path.norm).flatten().cpu().double()
         A = E @ E.T
         weights = torch.linalg.solve(A + RIDGE * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype), E @ short)
         weights[0] += 1
@@ -89,6 +90,7 @@ class Forecasting(torch.nn.Module):
     def __init__(self, unet: Network):
         super().__init__()
         self.unet, self.config, self.diffusion = unet, unet.config, unet.diffusion
+        self.training = unet.training  # a wrapper of its own would be in training mode, which `denoise` refuses
         self.older = self.newer = None
         self.alpha: list[float] = []  # one a pass
 
@@ -102,7 +104,8 @@ class Forecasting(torch.nn.Module):
         self.alpha.append(0.0)
         if self.older is not None:
             change, needed = self.newer - self.older, self.unet.forward_full(x, t, branch, context)[1] - self.newer
-            self.alpha[-1] = ((change * needed).sum() / change.square().sum()).item()
+            size = change.square().sum().item()  # 0 where both were at one timestep, as with quad
+            self.alpha[-1] = (change * needed).sum().item() / size if size else 0.0
             cached_U = self.newer + self.alpha[-1] * change
         return self.unet.forward_partial(x, t, cached_U, branch, context)
 
@@ -134,9 +137,7 @@ def forecast(unet: Network, **settings: Any) -> CachePlan:
 
 def nested(full: int, partial: int) -> CachePlan:
     """`full` full steps at branch 1, and as many partial ones, spread evenly between them."""
-    gaps = [
-        0
-    ] * full  # how many partial steps follow each full one: none the first, which knows one feature, nor the last
+    gaps = [0] * full  # partial steps after each full one: none after the first, which knows one feature, nor the last
     for k in range(partial):
         gaps[1 + k * (full - 2) // partial] += 1
     refresh = [sum(gaps[:k]) + k for k in range(full)]

@@ -28,6 +28,11 @@ class Recipe(Settings):
             if not isinstance(getattr(self, name), kinds):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of the wrong kind")
 
+    @property
+    def label(self) -> str:
+        """The sampler and the spacing, as "plms, rho7"; a solver's name alone."""
+        return f"{self.sampler}, {self.spacing}" if self.spacing else str(self.sampler)
+
     def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
         """Keyword arguments for `sample` and `denoise`; refused for weights of another fingerprint."""
         if self.fingerprint not in (None, fingerprint):
@@ -50,7 +55,7 @@ class Recipe(Settings):
             if isinstance(values.get("sampler"), dict):
                 made["sampler"] = Solver(**values["sampler"])
             return cls(**{**values, **made})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from None
 
 
@@ -94,7 +99,7 @@ def recipe_from_file(path: str | Path, **flags: Any) -> Recipe:
     recipe = Recipe.load(path)
     if recipe.start is not None:
         raise ValueError(f"{path} is for images noised to t = {recipe.start - 1}, not for pure noise")
-    fixed = {**asdict(recipe), "steps": recipe.steps, "branch": recipe.plan.branch}
+    fixed = {**asdict(recipe), "sampler": str(recipe.sampler), "steps": recipe.steps, "branch": recipe.plan.branch}
     for name, value in flags.items():
         if name not in fixed:
             raise ValueError(f"--{name} contradicts {path}, which says itself which steps run in full")

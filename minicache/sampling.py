@@ -36,7 +36,7 @@ class Settings:
     def __post_init__(self):
         fitted = isinstance(self.sampler, Solver)
         names = {"variance": (None, *VARIANCES), "clip_x0": (None, True, False)}
-        names |= {"spacing": (None,), "start": (None,)} if fitted else {"sampler": SAMPLERS}
+        names |= {} if fitted else {"sampler": SAMPLERS}
         for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
@@ -47,9 +47,11 @@ class Settings:
                 raise ValueError(f"{name}={value!r} must be a number in {least}..{most}")
         for name, default in (("eta", 0), ("variance", None)):
             if getattr(self, name) != default and self.entry.noise != name:
-                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={self.sampler!r}")
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing to sampler={str(self.sampler)!r}")
         if self.entry.twice and self.plan.steps < 3:
             raise ValueError(f"sampler={self.sampler!r} takes its first step twice, and needs 2 timesteps or more")
+        if fitted and (self.spacing, self.start) != (None, None):
+            raise ValueError(f"spacing={self.spacing!r}, start={self.start!r}: a solver has timesteps of its own")
         if fitted and len(self.sampler.t) != self.plan.steps:
             raise ValueError(f"the solver has {len(self.sampler.t)} steps, and the plan {self.plan.steps}")
         if not fitted:
@@ -69,6 +71,8 @@ class Settings:
     def timesteps(self, diffusion: Diffusion) -> list[float]:
         """One for each step of the plan, noisiest first; ValueError where there are none such."""
         if isinstance(self.sampler, Solver):
+            if self.sampler.t[0] > (last := diffusion.num_timesteps - 1):
+                raise ValueError(f"the solver begins at t = {self.sampler.t[0]}, after the last one, {last}")
             return list(self.sampler.t)
         ts = diffusion.timesteps(self.steps, self.spacing, self.start)
         return [*ts[:2], *ts[1:]] if self.entry.twice else ts

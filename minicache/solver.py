@@ -29,7 +29,12 @@ class Solver:
     name: str = "fitted"  # how it came about
 
     def __post_init__(self):
-        t, rows = tuple(self.t), tuple(map(tuple, self.weights))
+        rows = self.weights if isinstance(self.weights, Sequence) else [None]
+        if not all(isinstance(each, Sequence) for each in (self.t, *rows)):
+            raise ValueError("a solver's t and each row of its weights must be sequences of numbers")
+        if not isinstance(self.name, str):
+            raise ValueError(f"a solver's name={self.name!r} must be a text")
+        t, rows = tuple(self.t), tuple(map(tuple, rows))
         numbers = [*t, *(weight for row in rows for weight in row)]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("a solver's t and weights must be finite numbers")

@@ -1,211 +1,261 @@
-"""The search for plans: its laws on a random network, and the commands around it."""
+"""calibrate from end to end on tiny random networks, and sample.py with what it writes."""
 
 import json
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from conftest import random_unet
-from minicache.tools.judge import Judge, fit, gauss_newton
-from tqdm import tqdm
+from conftest import ROOT, SMALL, random_unet
 
-from minicache import CachePlan, Diffusion, Recipe, denoise, load, uncached, uniform
+import sample as sample_py
+from minicache import CachePlan, Diffusion, Recipe, load, sample, uncached
 from minicache.checkpoints import fingerprint, save
-from minicache.cost import full_passes, macs, pass_seconds
-from minicache.plan import from_refreshes
+from minicache.cost import full_passes
+from minicache.fit import FINEST, nested
+from minicache.metrics import relative_l2
+from minicache.recipe import nearest_recipe
+from minicache.solver import Solver
 from minicache.tools import calibrate
-from minicache.tools.calibrate import widest
-from minicache.tools.evaluate import Benchmark
-from sample import main as sample_main
-from sample import parse as sample_parse
+from minicache.tools import run as run_command
+from minicache.words import Vocabulary
+
+TINY = replace(SMALL, image_size=8, attention_resolutions=())
+SOLVER = Solver((999, 600.5, 200, 3.25), ((1.0,), (1.5, -0.5), (1.0, 0.25, -0.25), (1.0,)))
 
 
 @pytest.fixture(scope="module")
-def net(tmp_path_factory):
-    unet = random_unet()
-    unet.diffusion = Diffusion(num_timesteps=40, beta_end=0.1)
+def net(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("net") / "net.pt"
+    save(path, random_unet(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory) -> Path:
+    unet = random_unet(replace(TINY, context_dim=16, heads=2, num_tokens=5, pooled_context=True))
+    unet.vocabulary = Vocabulary(("cat", "face", "heart", "red"), 3, guidance=2.0, examples=("red heart", "cat"))
+    path = tmp_path_factory.mktemp("worded") / "worded.pt"
     save(path, unet)
     return path
 
 
-def benchmark(net) -> Benchmark:
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setitem(FINEST, "steps", 12)
+    monkeypatch.setattr(calibrate, "SWEEPS", 1)
+    monkeypatch.setattr(calibrate, "RHOS", (5,))
+    for name, seeds in (("CALIBRATION", range(100, 102)), ("CHECK", range(102, 104)), ("HELD_OUT", range(2))):
+        monkeypatch.setattr(calibrate, name, seeds)
+
+
+def run(*flags) -> None:
+    calibrate.main(calibrate.parse([*map(str, flags)]))
+
+
+def draw(*flags) -> None:
+    sample_py.main(sample_py.parse([*map(str, flags)]))
+
+
+def test_the_seeds_are_apart(monkeypatch):
+    monkeypatch.undo()
+    seeds = [*calibrate.CALIBRATION, *calibrate.CHECK, *calibrate.HELD_OUT]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_an_unconditional_network(net, tmp_path, capsys):
+    out, unet = tmp_path / "new" / "r.json", load(net)
+    run("--ckpt", net, "--budget", 4, "--out", out)
+    recipe = Recipe.load(out)
+    assert isinstance(recipe.sampler, Solver) and recipe.plan == uncached(4)
+    assert recipe.fingerprint == fingerprint(unet) and recipe.guidance == 1
+    reference = sample(unet, calibrate.CHECK, **FINEST)
+    error = relative_l2(sample(unet, calibrate.CHECK, **recipe.settings(fingerprint(unet))), reference).mean().item()
+    assert recipe.error == pytest.approx(error, rel=1e-3)
+    for name in calibrate.RIVALS:
+        assert error <= relative_l2(sample(unet, calibrate.CHECK, sampler=name, steps=4), reference).mean().item()
+    said = capsys.readouterr().out
+    assert "| fitted | 4 full, 0 partial | 4 |" in said and said.count(" +- ") == 2
+    assert said.endswith(f"{out}: fitted, 4 steps, 4 in full\n") and [*out.parent.iterdir()] == [out]
+
+
+def test_several_budgets_into_a_folder_and_a_cache(net, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "CACHED_FROM", 6)
+    run("--ckpt", net, "--budget", 3, 6, "--out", tmp_path / "found")
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"net-3.json", "net-6.json"}
     unet = load(net)
-    return Benchmark(unet, fingerprint(unet))
+    for budget in (3, 6):
+        assert full_passes(unet, Recipe.load(tmp_path / "found" / f"net-{budget}.json").plan) <= budget
+    assert "| fitted | 5 full, " in capsys.readouterr().out  # the cached one is in the table, chosen or not
 
 
-@pytest.fixture(scope="module")
-def calibration(net):
-    with torch.no_grad():
-        return Judge.on(benchmark(net), range(100, 103))
+def test_a_network_of_words(worded, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("cat face\nred\n")
+    run("--ckpt", worded, "--budget", 6.5, "--guidance", 3, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "r")
+    recipe, unet = Recipe.load(tmp_path / "r" / "worded-g3-6.5.json"), load(worded)
+    assert recipe.plan == uncached(3) and recipe.guidance == 3  # two passes a step
+    asked = {"context": unet.vocabulary.encode("cat face", "red"), "guidance": 3.0}
+    reference = sample(unet, calibrate.CHECK, **FINEST, **asked)
+    settings = {**recipe.settings(fingerprint(unet)), **asked}
+    error = relative_l2(sample(unet, calibrate.CHECK, **settings), reference).mean().item()
+    assert recipe.error == pytest.approx(error, rel=1e-3)
+    run("--ckpt", worded, "--budget", 6, "--out", tmp_path / "s.json")
+    assert Recipe.load(tmp_path / "s.json").guidance == 2  # what suits the network
 
 
-def test_widest_plan_fits_the_budget(calibration):
-    costs = partial(full_passes, calibration.benchmark.unet)
-    plan = widest(6.0, costs, 3, 1, 40)
-    longer = uniform(plan.steps + 3, 3, 1)
-    assert costs(plan) <= 6.0 < costs(longer) and plan.steps - 1 in plan.refresh
-    assert widest(1.5, costs, 3, 1, 40) is None
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "pndm"])
+def test_a_cache_for_a_sampler_and_its_steps(net, tmp_path, capsys, sampler):
+    run("--ckpt", net, "--steps", 8, "--sampler", sampler, "--budget", 6, "--out", tmp_path / "r.json")
+    recipe, unet = Recipe.load(tmp_path / "r.json"), load(net)
+    assert (recipe.sampler, recipe.steps) == (sampler, 8) and full_passes(unet, recipe.plan) <= 6
+    whole = sample(unet, calibrate.CHECK, sampler=sampler, steps=8)
+    error = relative_l2(sample(unet, calibrate.CHECK, **recipe.settings(fingerprint(unet))), whole).mean().item()
+    assert recipe.error == pytest.approx(error, rel=1e-3)
+    assert capsys.readouterr().out.count(" +- ") == 3
 
 
-def test_fitted_alphas_are_the_least_squares(calibration):
-    """Of the uncached features, so any other alpha forecasts them worse."""
-    recipe = Recipe(uniform(10, 4, 2), "dpm++2m", fingerprint=calibration.benchmark.fingerprint)
-    plan = fit(calibration, recipe)
-    assert plan.refresh == recipe.plan.refresh and plan.forecasts
-    Y = [
-        step.cached_U
-        for step in denoise(calibration.benchmark.unet, calibration.seeds, sampler="dpm++2m", plan=uncached(10, 2))
-    ]
+def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
+    """Also where the first fit with a cache is worse than what was found without one."""
 
-    def error(i: int, alpha: float) -> float:
-        newer = max(k for k in plan.refresh if k <= i)
-        return (Y[i] - Y[newer] - alpha * (Y[newer] - Y[newer - 4])).double().square().sum().item()
+    def interrupted(task, path, budget):
+        for plan, error in ((uncached(4), 0.1), (uncached(4), 0.05), (nested(4, 2), 0.2)):
+            yield task.recipe(plan, "ddim", error=error)
+        raise KeyboardInterrupt
 
-    for i in (5, 6, 7, 9):
-        assert error(i, plan.alpha[i]) < min(error(i, plan.alpha[i] - 0.01), error(i, plan.alpha[i] + 0.01))
-    assert not any(plan.alpha[:5])
-
-
-def test_gauss_newton_lowers_the_error_of_the_image(calibration):
-    recipe = Recipe(uniform(13, 4, 1, "linear"), "ddim", "trailing", fingerprint=calibration.benchmark.fingerprint)
-    recipe = calibration.score(recipe)
-    better = gauss_newton(calibration, recipe, tqdm(disable=True))
-    assert better.error < 0.95 * recipe.error
-    assert calibration.score(better).error == pytest.approx(better.error, rel=1e-4)
-    assert better.plan.refresh == recipe.plan.refresh
-    nothing_to_fit = calibration.score(replace(recipe, plan=uncached(5)))
-    assert gauss_newton(calibration, nothing_to_fit, tqdm(disable=True)) == nothing_to_fit
-
-
-@pytest.mark.parametrize("refresh", [(0, 4, 8, 12), (0, 4, 8, 13, 14)])
-def test_alphas_without_effect_stay_as_they_are(calibration, refresh):
-    """quad repeats timesteps: such a step has no length, and two refreshes at one timestep have no slope."""
-    assert Diffusion(40).timesteps(16, "quad")[-3:] == [0, 0, 0]
-    recipe = calibration.score(Recipe(from_refreshes(16, 1, refresh, "linear"), "ddim", "quad"))
-    better = gauss_newton(calibration, recipe, tqdm(disable=True))
-    assert better.error <= recipe.error and better.plan.alpha[13:15] == recipe.plan.alpha[13:15]
-    fitted = fit(calibration, recipe).alpha
-    assert any(fitted[5:12]) and (fitted[15] == 0 or 14 not in refresh)
-
-
-def test_command(net, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibrate, "CHECK", range(10, 13))
-    monkeypatch.setattr(calibrate, "HELD_OUT", range(3))
-    calibrate.main(calibrate.parse(["--ckpt", str(net), "--budget", "4", "5", "--out", str(tmp_path)]))
-    out = capsys.readouterr().out
-    assert out.count("| ddim, 4 steps") == 1 and "| plms, 5 steps" in out
-    for budget in (4, 5):
-        recipe = Recipe.load(tmp_path / f"net-{budget}.json")
-        unet = load(net)
-        assert full_passes(unet, recipe.plan) <= budget and recipe.fingerprint == fingerprint(unet)
-        check = Judge.on(benchmark(net), calibrate.CHECK)
-        assert check.errors(recipe).mean().item() == pytest.approx(recipe.error, rel=1e-4)
-        plms = [check.errors(fewer).mean().item() for fewer in check.benchmark.fewer_steps(budget, ("plms",))]
-        assert recipe.error <= max(plms)
-    sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "net-4.json"), "--num", "1",
-                              "--out", str(tmp_path / "x.png")]))  # fmt: skip
-    with pytest.raises(ValueError, match="was made for the weights"):
-        sample_main(sample_parse(["--ckpt", "tiny_cifar10", "--plan", str(tmp_path / "net-4.json")]))
-
-
-def test_interrupted_before_the_check_it_keeps_what_was_found(net, tmp_path, monkeypatch):
-    on = Judge.on
-
-    def interrupted(benchmark, seeds, reference):
-        if seeds == calibrate.CHECK:
-            raise KeyboardInterrupt
-        return on(benchmark, range(2), reference)
-
-    monkeypatch.setattr(Judge, "on", interrupted)
+    monkeypatch.setattr(calibrate, "fits", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate.main(calibrate.parse(["--ckpt", str(net), "--budget", "4", "--out", str(tmp_path / "r.json")]))
-    assert full_passes(load(net), Recipe.load(tmp_path / "r.json").plan) <= 4
-
-
-@pytest.mark.parametrize("unit", ["gmacs", "seconds"])
-def test_budgets_in_other_units(net, tmp_path, monkeypatch, unit):
-    for seeds in ("CALIBRATION", "CHECK", "HELD_OUT"):
-        monkeypatch.setattr(calibrate, seeds, range(2))
-    full_pass = pass_seconds(load(net)) if unit == "seconds" else macs(load(net)) / 1e9
-    flags = ["--ckpt", str(net), "--unit", unit, "--sampler", "plms", "--out", str(tmp_path / "r.json")]
-    calibrate.main(calibrate.parse([*flags, "--budget", str(4 * full_pass)]))
-    steps = full_passes(load(net), Recipe.load(tmp_path / "r.json").plan)
-    assert steps <= 4 if unit == "gmacs" else steps > 0
-    with pytest.raises(ValueError, match=rf"can be planned for 2 to 1000 full passes \(.* to .* {unit}\)"):
-        calibrate.main(calibrate.parse([*flags, "--budget", str(0.1 * full_pass)]))
-
-
-def test_a_plan_that_is_worse_than_fewer_steps_is_not_returned(calibration):
-    """Where the search was misled by its few seeds."""
-    good, bad = (Recipe(plan, "ddim", "trailing", fingerprint=calibration.benchmark.fingerprint)
-                 for plan in (uncached(8), CachePlan(20, 1, (0,))))  # fmt: skip
-    found = calibrate.checked(calibration, replace(bad, error=0.0), [replace(good, error=1.0)])
-    assert found.plan == good.plan and found.error == pytest.approx(calibration.errors(good).mean().item())
-
-
-def test_ancestral_sampling_keeps_its_steps(net, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibrate, "HELD_OUT", range(2))
-    flags = [
-        "--ckpt",
-        str(net),
-        "--sampler",
-        "ddpm",
-        "--steps",
-        "12",
-        "--budget",
-        "6",
-        "--out",
-        str(tmp_path / "r.json"),
-    ]
-    calibrate.main(calibrate.parse(flags))
-    recipe = Recipe.load(tmp_path / "r.json")
-    assert recipe.sampler == "ddpm" and recipe.plan.steps == 12 and len(recipe.plan.refresh) < 9
+        run("--ckpt", net, "--budget", 4, "--out", tmp_path / "r.json")
+    assert Recipe.load(tmp_path / "r.json").error == 0.05
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--budget", "1"], "can be planned for 2 to 1000 full passes"),
-        (["--budget", "3", "4", "--out", "x.json"], "need a folder"),
-        (["--sampler", "ddpm"], "--sampler ddpm needs --steps"),
-        (["--steps", "10"], "--sampler auto contradicts --steps"),
-        (["--start", "10"], "go together"),
-        (["--sampler", "ddim", "--steps", "10", "--budget", "2"], "no plan of 10 steps costs 2"),
+        (["--budget", "1"], "--budget 1: .* can be fitted for 2 to 1000 full passes"),
+        (["--budget", "nan"], "--budget nan: "),
+        (["--budget", "4", "inf", "--out", "folder"], "--budget inf: "),
+        (["--budget", "3", "4", "--out", "x.json"], "2 budgets need a folder"),
+        (["--sampler", "ddpm"], "--sampler and --steps go together"),
+        (["--steps", "10"], "--sampler and --steps go together"),
+        (["--sampler", "ddim", "--steps", "0"], "steps=0"),
+        (["--sampler", "ddim", "--steps", "1001"], "steps=1001"),
+        (["--prompts", "nowhere.txt"], "--prompts: .* cannot be told what to draw"),
+        (["--guidance", "3"], "--guidance: .* cannot be told what to draw"),
+        (["--out", "x.png"], "--out x.png: the ending"),
     ],
 )
-def test_bad_input(net, tmp_path, monkeypatch, flags, words):
+def test_bad_flags_write_nothing(net, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=words):
-        calibrate.main(calibrate.parse(["--ckpt", str(net), *flags]))
+    with pytest.raises(ValueError, match=words) as error:
+        run("--ckpt", net, *flags)
+    assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
 
 
-def test_budget_of_the_command_line(net, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"python -m minicache calibrate --ckpt .*net.pt --budget 7"):
-        sample_main(sample_parse(["--ckpt", str(net), "--budget", "7"]))
+def test_no_plan_within_the_budget(net, tmp_path):
+    with pytest.raises(ValueError, match="no plan of 10 steps costs 2 full passes or less"):
+        run("--ckpt", net, "--sampler", "ddim", "--steps", 10, "--budget", 2, "--out", tmp_path / "r.json")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_networks_that_cannot_be_fitted(worded, tmp_path):
+    unet = load(worded)
+    unet.vocabulary = None
+    save(tmp_path / "classes.pt", unet)
+    with pytest.raises(ValueError, match="takes a context, but no words"):
+        run("--ckpt", tmp_path / "classes.pt", "--out", tmp_path / "r.json")
+    unet = random_unet(TINY)
+    unet.diffusion = Diffusion(10)
+    save(tmp_path / "short.pt", unet)
+    with pytest.raises(ValueError, match=r"steps=12 is not in 1..10"):
+        run("--ckpt", tmp_path / "short.pt", "--budget", 4, "--out", tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_an_unknown_file_of_prompts_is_one_sentence_and_exit_code_2(worded, tmp_path, capsys):
+    flags = ["--ckpt", worded, "--prompts", "nowhere.txt", "--out", tmp_path / "r.json"]
+    with pytest.raises(SystemExit) as ended:
+        run_command("calibrate", lambda: run(*flags))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and "nowhere.txt: No such file" in said
+    assert not [*tmp_path.iterdir()]
+
+
+def test_sample_draws_by_a_solver(net, tmp_path, capsys):
+    unet = load(net)
+    recipe = Recipe(CachePlan(4, 1, (0, 1, 3), (0, 0, 0.5, 0)), SOLVER, fingerprint=fingerprint(unet))
+    recipe.save(tmp_path / "r.json")
+    flags = ["--ckpt", net, "--plan", tmp_path / "r.json", "--num", 3]
+    draw(*flags, "--out", tmp_path / "a.npz")
+    assert "fitted, 4 steps: 3 in full, 1 at branch 1 of 4" in capsys.readouterr().out
+    expected = sample_py.to_uint8(sample(unet, range(3), **recipe.settings(fingerprint(unet))))
+    assert np.abs(np.load(tmp_path / "a.npz")["arr_0"].astype(int) - expected).max() <= 1
+    draw(*flags, "--out", tmp_path / "a.npz")  # its manifest is this recipe's
+    assert "all drawn before" in capsys.readouterr().out
+    draw(*flags, "--compare", "--out", tmp_path / "a.png")
+    replace(recipe, sampler=replace(SOLVER, t=(999, 600.5, 200, 3.5))).save(tmp_path / "r.json")
+    with pytest.raises(ValueError, match="was made with another sampler"):
+        draw(*flags, "--out", tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="--steps 5 contradicts"):
+        draw(*flags, "--steps", 5, "--out", tmp_path / "b.npz")
+    replace(recipe, fingerprint="others").save(tmp_path / "r.json")
+    with pytest.raises(ValueError, match="was made for the weights others"):
+        draw(*flags, "--out", tmp_path / "b.npz")
+
+
+def test_sample_finds_the_nearest_recipe(worded, tmp_path, monkeypatch, capsys):
+    unet = load(worded)
+    for steps, name in ((4, "near"), (3, "cheap")):
+        solver = Solver(SOLVER.t[:steps], SOLVER.weights[:steps], name)
+        Recipe(uncached(steps), solver, guidance=2.0, fingerprint=fingerprint(unet)).save(
+            tmp_path / "recipes" / f"{name}.json"
+        )
+    monkeypatch.setattr(sample_py, "embedded_folder", lambda: tmp_path)
+    for budget, name in ((8, "near, 4 steps"), (6, "cheap, 3 steps")):  # guidance: two passes a step
+        draw("--ckpt", worded, "--budget", budget, "--num", 2, "--out", tmp_path / "x.png")
+        assert name in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"the cheapest .* costs 6.0 .* --guidance 2 --budget 4 --out recipe.json"):
+        draw("--ckpt", worded, "--budget", 4, "--out", tmp_path / "y.png")
+    with pytest.raises(ValueError, match=r"no calibrated plan .* --guidance 3 --budget 8"):
+        draw("--ckpt", worded, "--budget", 8, "--guidance", 3, "--out", tmp_path / "y.png")
+    assert not (tmp_path / "y.png").exists()
+
+
+def test_nearest_recipe_counts_as_it_is_told(worded):
+    unet, recipes = load(worded), [Recipe(uncached(steps)) for steps in (3, 6)]
+    cost = lambda guidance: lambda plan: full_passes(unet, plan, guidance)  # noqa: E731
+    assert nearest_recipe(recipes, 6, cost(1.0)).steps == 6 and nearest_recipe(recipes, 6, cost(2.0)).steps == 3
+
+
+def test_the_budget_of_sample_py_stands_alone(net, tmp_path):
+    with pytest.raises(ValueError, match=r"calibrate --ckpt .*net.pt --budget 7 --out recipe.json"):
+        draw("--ckpt", net, "--budget", 7)
     for flags in (["--interval", "2"], ["--plan", "x.json"], ["--sampler", "ddim"]):
         with pytest.raises(ValueError, match=f"{flags[0]} contradicts --budget"):
-            sample_main(sample_parse(["--ckpt", "tiny_cifar10", "--budget", "7", *flags]))
-    flags = ["--ckpt", "tiny_cifar10", "--budget", "9", "--num", "1", "--out", str(tmp_path / "x.png")]
-    sample_main(sample_parse(flags))
-    shipped = Recipe.load(calibrate.Path(__file__).parent.parent / "weights" / "recipes" / "tiny_cifar10-10.json")
-    assert f"{shipped.sampler}, {shipped.plan.steps} steps" in capsys.readouterr().out
+            draw("--ckpt", net, "--budget", 7, *flags)
 
 
 def test_shipped_recipes_fit_the_shipped_weights():
-    folder = calibrate.Path(__file__).parent.parent / "weights" / "recipes"
-    unet = load("tiny_cifar10")
-    for budget in (10, 15, 20, 30, 50):
-        recipe = Recipe.load(folder / f"tiny_cifar10-{budget}.json")
+    """Those of an older form, without guidance and with samplers by name, too."""
+    for path in (ROOT / "weights" / "recipes").glob("*.json"):
+        recipe, unet = Recipe.load(path), load(path.name.split("-")[0])
         assert recipe.fingerprint == fingerprint(unet) and recipe.start is None
-        assert 0.8 * budget <= full_passes(unet, recipe.plan) <= budget
+        budget = float(path.stem.rsplit("-", 1)[1])
+        assert 0.7 * budget <= full_passes(unet, recipe.plan, recipe.guidance) <= 1.0001 * budget
+
+
+def test_recipes_of_an_older_form_load(tmp_path):
+    old = {"plan": {"steps": 4, "branch": 1, "refresh": [0, 2], "alpha": [0.0, 0.0, 0.0, 0.5]}, "sampler": "plms",
+           "spacing": "linspace", "eta": 0.0, "variance": None, "start": None, "fingerprint": "a",
+           "error": 0.03}  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(old))
+    plan = CachePlan(4, 1, (0, 2), (0, 0, 0, 0.5))
+    assert Recipe.load(tmp_path / "r.json") == Recipe(plan, "plms", "linspace", fingerprint="a", error=0.03)
 
 
 def test_recipes_for_noised_images_are_no_recipes_for_noise(net, tmp_path):
     Recipe(CachePlan(4, 1, (0,)), spacing="trailing", start=10).save(tmp_path / "r.json")
     with pytest.raises(ValueError, match="noised to t = 9,"):
-        sample_main(sample_parse(["--ckpt", str(net), "--plan", str(tmp_path / "r.json")]))
+        draw("--ckpt", net, "--plan", tmp_path / "r.json")
     with pytest.raises(ValueError, match="start"):
         (tmp_path / "s.json").write_text(json.dumps({"plan": {"steps": 2, "branch": 1, "refresh": [0]}, "start": "x"}))
         Recipe.load(tmp_path / "s.json")

@@ -8,27 +8,40 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, noise, random_unet
-from minicache.tools.judge import Judge
 
-from minicache import CachePlan, Diffusion, Recipe, sample, uncached
+from minicache import CachePlan, Diffusion, Recipe, denoise, sample, uncached, uniform
 from minicache.checkpoints import fingerprint, save
-from minicache.cost import macs
-from minicache.data import shapes
+from minicache.cost import macs, pass_seconds
+from minicache.fit import FINEST, forecast
 from minicache.images import to_uint8
 from minicache.metrics import relative_l2
+from minicache.plan import PlanCache
+from minicache.solver import tabulated
 from minicache.tools import evaluate
-from minicache.tools.calibrate import CALIBRATION, CHECK
-from minicache.tools.evaluate import FLOOR, HELD_OUT, Benchmark, clock
+from minicache.tools import methods as rivals
+from minicache.tools.calibrate import CALIBRATION, CHECK, HELD_OUT, RIVALS, Task
+from minicache.tools.evaluate import Pictures, clock
+from minicache.tools.methods import FLOOR, Method, Spectrum, methods, whole_run
+from minicache.words import Prompts, Vocabulary
+
+
+def stored(path: Path, size: int) -> Path:
+    """So few timesteps that the reference is soon drawn."""
+    unet = random_unet(replace(SMALL, image_size=size, attention_resolutions=(size // 2,)))
+    unet.diffusion = Diffusion(num_timesteps=20, beta_end=0.2)
+    save(path, unet)
+    return path
 
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory) -> Path:
-    """32 x 32 pixels, as the classifier's features need, and so few timesteps that the reference is soon drawn."""
-    unet = random_unet(replace(SMALL, image_size=32, attention_resolutions=(16,)))
-    unet.diffusion = Diffusion(num_timesteps=20, beta_end=0.2)
-    path = tmp_path_factory.mktemp("net") / "net.pt"
-    save(path, unet)
-    return path
+    return stored(tmp_path_factory.mktemp("net") / "net.pt", 16)
+
+
+@pytest.fixture(scope="module")
+def net32(tmp_path_factory) -> Path:
+    """32 x 32 pixels, as the classifier's features need."""
+    return stored(tmp_path_factory.mktemp("net") / "net32.pt", 32)
 
 
 @pytest.fixture(scope="module")
@@ -47,120 +60,214 @@ def rows_of(path: Path) -> dict[str, dict[str, str]]:
     return {line[0]: dict(zip(names, line)) for line in lines}
 
 
+@pytest.fixture(autouse=True)
+def short_reference(monkeypatch):
+    """There are as few timesteps as the reference has steps."""
+    for module in (evaluate, rivals):
+        monkeypatch.setattr(module, "FINEST", {**FINEST, "steps": 20})
+
+
 @pytest.fixture
 def few(monkeypatch):
     """Few methods, one of each kind, and no clock."""
-    methods = evaluate.methods
-    kinds = ("ddim-20", "deepcache-n5-b3", "linear-n5-b1", "plms-5", FLOOR, "ddpm-8")
+    kinds = ("whole", "deepcache-n5-b3", "linear-n5-b1", "l2p-n5-b1", "spectrum-n5-b1", "uncached-5", FLOOR, "ddpm-5")
 
-    def chosen(*args) -> dict[str, list[Recipe]]:
-        return {name: recipes for name, recipes in methods(*args).items() if name in kinds or "calibrated" in name}
+    def chosen(*args) -> dict[str, dict[str, Method]]:
+        found = {name: row for name, row in methods(*args).items() if name in kinds or "-cached-" in name}
+        return {name: dict(list(row.items())[:3]) for name, row in found.items()}
 
     monkeypatch.setattr(evaluate, "methods", chosen)
-    monkeypatch.setattr(evaluate, "clock", lambda unet: lambda plan: plan.steps)
+    monkeypatch.setattr(evaluate, "clock", lambda task: lambda plan: plan.steps)
+    monkeypatch.setattr(rivals, "CALIBRATION", range(100, 102))
 
 
-def test_protocol(unet):
+@pytest.fixture(scope="module")
+def worded() -> Task:
+    """A network that is told what to draw, under guidance."""
+    unet = random_unet(replace(SMALL, context_dim=8, num_tokens=4))
+    unet.vocabulary = Vocabulary(("red", "apple", "cat"), 3, examples=("red apple", "cat"))
+    prompts = Prompts(list(unet.vocabulary.examples), unet.vocabulary.encode(*unet.vocabulary.examples), guidance=3.0)
+    return Task(unet, "", prompts)
+
+
+def of(task: Task, like: str = "ddim-100", budgets=(10, 20), recipes=(), **settings) -> dict[str, dict[str, Method]]:
+    return methods(task, whole_run(task, like, **{"spacing": None, "eta": 0.0, **settings}), budgets, recipes)
+
+
+def only(row: dict[str, Method]) -> Recipe:
+    (method,) = row.values()
+    return method.recipe
+
+
+def test_seeds_of_different_purpose_are_different():
     assert len({*CALIBRATION, *CHECK, *HELD_OUT}) == len(CALIBRATION) + len(CHECK) + len(HELD_OUT)
-    unet.diffusion = Diffusion(num_timesteps=20)
-    try:
-        pure = Benchmark(unet, "")
-        judge = Judge.on(pure, [3, 4])
-        assert torch.equal(judge.reference, sample(unet, [3, 4], sampler="dpm++2m", steps=20, spacing="trailing"))
-        exact, *others = (judge.errors(recipe) for recipe in pure.fewer_steps(20, ("dpm++2m", "ddim")))
-        assert len(others) == 7 and min(error.max() for error in [exact, *others]) == 0
-        begun = Benchmark(unet, "", 10, lambda n, generator: shapes(n, 16, generator))
-        assert torch.equal(begun.x_T([3, 4])[1:], begun.x_T([4]))
-        assert begun.finest.plan.steps == 10 and pure.x_T([3]) is None
-        assert {recipe.spacing for recipe in begun.fewer_steps(5)} == {"trailing", "linspace"}
-        assert all(recipe.start == 10 for recipe in begun.fewer_steps(5))
-        with pytest.raises(ValueError, match="go together"):
-            Benchmark(unet, "", 10)
-    finally:
-        unet.diffusion = Diffusion()
 
 
-def test_methods_are_those_of_the_paper_and_more(unet):
-    found = evaluate.methods(evaluate.parse([]), Benchmark(unet, ""), [])
-    assert found["deepcache-n5-b3"][0].plan.refresh == tuple(range(0, 100, 5))
-    assert found["ddim-100"][0].plan == uncached(100)
-    assert {recipe.spacing for recipe in found["plms-20"]} == {"uniform", "quad", "trailing", "linspace"}
-    assert all("/" not in name for name in found) and list(found)[-1] == FLOOR
-    ancestral = evaluate.methods(evaluate.parse(["--ancestral", "250"]), Benchmark(unet, ""), [])
-    assert {(recipe.sampler, recipe.plan.steps) for recipes in ancestral.values() for recipe in recipes} == {
-        ("ddpm", 250)
-    }
-    mine = [Recipe(uncached(250), "ddpm"), Recipe(uncached(50), "ddpm"), Recipe(uncached(20), "plms")]
-    for flags, name in (([], "calibrated-20"), (["--ancestral", "250"], "calibrated-250")):
-        found = evaluate.methods(evaluate.parse(flags), Benchmark(unet, ""), mine)
-        assert [each for each in found if each.startswith("calibrated")] == [name]
+def test_methods_are_those_of_the_papers_and_every_sampler(unet):
+    found = of(Task(unet, "", Prompts([])))
+    assert only(found["deepcache-n5-b3"]).plan.refresh == tuple(range(0, 100, 5))
+    assert only(found["whole"]).plan == uncached(100) and list(found)[-1] == FLOOR
+    assert {each.recipe.sampler for each in found["uncached-20"].values()} == {*RIVALS} >= {"ddim", "unipc", "plms"}
+    assert all(each.recipe.plan == uncached(20) for each in found["uncached-20"].values())
+    assert only(found["ddim-20"]) in [each.recipe for each in found["uncached-20"].values()]
+    assert only(found["l2p-n5-b1"]).plan == only(found["linear-n5-b1"]).plan == uniform(100, 5, 1, "linear")
+    assert all("/" not in name for row in found.values() for name in row)
 
 
-def test_the_clock_knows_every_branch_and_times_it_once(unet, monkeypatch):
+def test_guidance_takes_two_passes_a_step(worded):
+    found = of(worded)
+    assert {each.recipe.plan.steps for each in found["uncached-20"].values()} == {10}
+    assert {each.recipe.guidance for row in found.values() for each in row.values()} == {3.0}
+
+
+@pytest.mark.parametrize("flags", [("ddpm-250", 0.0), ("ddim-100", 1.0)])
+def test_samplers_that_draw_noise_are_compared_in_their_own_steps(unet, flags):
+    like, eta = flags
+    found = of(Task(unet, "", Prompts([])), like, eta=eta)
+    sampler, steps = like.split("-")
+    assert {(r.recipe.sampler, r.recipe.eta) for row in found.values() for r in row.values()} == {(sampler, eta)}
+    assert FLOOR not in found and only(found["whole"]).plan.steps == int(steps)
+    assert only(found[f"{sampler}-20"]).plan == uncached(20)
+
+
+def test_steps_that_somebody_else_has_fixed(unet):
+    found = of(Task(unet, "", Prompts([])), "pndm-50")
+    assert only(found["whole"]).plan.steps == 51 and only(found["deepcache-n3-b1"]).timesteps(unet.diffusion)[0] == 981
+
+
+def test_recipes_are_named_for_what_they_are(unet, worded):
+    t = unet.diffusion.timesteps(10, "rho7")
+    solver = replace(tabulated("plms", t, unet.diffusion), name="anything")
+    recipes = [
+        Recipe(uncached(10), solver), Recipe(CachePlan(10, 1, (0, 2, 4, 6)), solver), Recipe(uncached(20), "plms"),
+        Recipe(uniform(100, 5, 1), "ddim"), Recipe(uncached(250), "ddpm"), Recipe(uniform(250, 5, 4), "ddpm"),
+        Recipe(uncached(10), solver, guidance=3.0),
+    ]  # fmt: skip
+    task, shelf = Task(unet, "", Prompts([])), {f"uncached-{budget}" for budget in (10, 20)}
+
+    def names(*args) -> list[str]:
+        return [name for name in of(*args[:1], *args[1:], recipes=recipes) if "cached-" in name and name not in shelf]
+
+    assert [name.rpartition("-")[0] for name in names(task)] == [
+        "fitted-uncached", "fitted-cached", "plms-uncached", "ddim-cached"]  # fmt: skip
+    assert [name.rpartition("-")[0] for name in names(task, "ddpm-250")] == ["ddpm-uncached", "ddpm-cached"]
+    assert names(worded) == ["fitted-uncached-20"]
+
+
+def test_without_a_ridge_polynomials_are_forecast_exactly(monkeypatch):
+    """From as many features on as a polynomial of degree 4 has coefficients."""
+    monkeypatch.setattr(Spectrum, "RIDGE", 1e-12)
+    plan, y = uniform(21, 2, 1, "linear"), torch.linspace(-1, 1, 21, dtype=torch.float64) ** 3 + 2
+    spectrum, linear = Spectrum(plan), PlanCache(plan)
+    for i in range(21):
+        for features in (spectrum, linear):
+            if i in plan.refresh:
+                features.keep(i, y[i].reshape(1, 1))
+        if i not in plan.refresh and i > 8:
+            assert spectrum.stand_in(i).item() == pytest.approx((linear.stand_in(i).item() + y[i].item()) / 2, abs=1e-3)
+            assert abs(linear.stand_in(i).item() - y[i].item()) > 4e-3 or i in (9, 11)
+
+
+def test_alphas_are_learned_on_other_seeds_when_they_are_needed(unet):
+    task = Task(unet, "", Prompts([]))
+    method = rivals.learned(task, Recipe(uniform(10, 4, 1, "linear"), "ddim"))
+    expected = forecast(unet, seeds=CALIBRATION, **method.recipe.settings())
+    assert method.cache(method.recipe.plan).plan == expected != method.recipe.plan
+    *_, last = denoise(unet, [0], **method.recipe.settings(), cache=method.cache)
+    assert torch.equal(last.x, sample(unet, [0], **{**method.recipe.settings(), "plan": expected}))
+
+
+def test_the_clock_knows_every_branch_and_times_it_once(unet, worded, monkeypatch):
     timed = []
     monkeypatch.setattr(evaluate, "pass_seconds", lambda unet, branch=None: timed.append(branch) or (branch or 10.0))
-    seconds = clock(unet)
+    seconds = clock(Task(unet, "", Prompts([])))
     assert [seconds(CachePlan(5, branch, (0, 4))) for branch in (1, 4, 1)] == [23.0, 32.0, 23.0]
     assert seconds(uncached(3)) == 30.0 and timed == [None, 1, 4]
+    assert clock(worded)(uncached(3)) == 60.0
+
+
+def test_a_pass_is_timed_with_a_context_as_long_as_a_prompt(worded, monkeypatch):
+    seen, unet = [], worded.unet
+    monkeypatch.setattr(unet.D[1], "forward", lambda h, temb, context, own=unet.D[1].forward: (
+        seen.append(context.shape) or own(h, temb, context)))  # fmt: skip
+    assert pass_seconds(unet, 2, batch=2) > 0 and pass_seconds(unet, batch=2) > 0
+    assert {*seen} == {(2, 3, 8)}
 
 
 def test_table_of_errors(net, tmp_path, few, capsys):
-    Recipe(CachePlan(12, 4, (0, 3, 11)), "ddim", fingerprint=fingerprint(evaluate.load(net))).save(
-        tmp_path / "r" / "x.json"
-    )
-    run("--ckpt", net, "--budgets", 5, "--pairs", 2, "--recipes", tmp_path / "r", "--out", tmp_path / "out")
+    made_for = fingerprint(evaluate.load(net))
+    Recipe(CachePlan(12, 4, (0, 3, 11)), fingerprint=made_for).save(tmp_path / "r" / "x.json")
+    flags = ["--like", "ddim-12", "--budgets", 5, "--pairs", 2, "--recipes", tmp_path / "r", "--out", tmp_path / "out"]
+    run("--ckpt", net, *flags)
     rows = rows_of(tmp_path / "out" / "table.md")
-    assert list(rows) == [
-        "ddim-20",
-        "deepcache-n5-b3",
-        "linear-n5-b1",
-        *(n for n in rows if "calib" in n),
-        "plms-5",
-        FLOOR,
-    ]
+    cached = [name for name in rows if name.startswith("ddim-cached-")]
+    published = ["deepcache-n5-b3", "linear-n5-b1", "l2p-n5-b1", "spectrum-n5-b1"]
+    assert list(rows) == ["whole", *published, *cached, "uncached-5", FLOOR] and len(cached) == 1
     unet = evaluate.load(net)
-    reference = sample(unet, range(2), sampler="dpm++2m", spacing="trailing", plan=uncached(20))
-    spacings = [relative_l2(sample(unet, range(2), sampler="plms", spacing=spacing, steps=5), reference)
-                for spacing in ("uniform", "quad", "trailing", "linspace")]  # fmt: skip
-    best = min(spacings, key=lambda errors: errors.mean())
-    shown = rows["plms-5"]
-    assert float(shown["error"]) == pytest.approx(best.mean().item(), rel=1e-3)
-    assert float(shown["worst"]) == pytest.approx(best.max().item(), rel=1e-3)
+    reference = sample(unet, range(2), sampler="dpm++2m", spacing="rho4", steps=20)
+    errors = {name: relative_l2(sample(unet, range(2), sampler=name, steps=5), reference) for name in RIVALS[:3]}
+    best = min(errors, key=lambda name: errors[name].mean())
+    shown = rows["uncached-5"]
+    assert shown["sampler"].startswith(f"{best}, ")
+    for name, value in {"error": errors[best].mean(), "worst": errors[best].max(),
+                        "+-": (errors[best][0] - errors[best][1]).abs() / 2}.items():  # fmt: skip
+        assert float(shown[name]) == pytest.approx(value.item(), rel=1e-3)
     assert (shown["steps"], shown["in full"], shown["branch"], shown["full passes"]) == ("5", "5", "", "5")
-    assert float(rows["deepcache-n5-b3"]["GMACs"]) == pytest.approx(
-        (4 * macs(unet) + 16 * macs(unet, 3)) / 1e9, rel=1e-3
-    )
-    assert f"about {2 * (20 + 20 + 20 + 20 + 12 + 4 * 5 + 10) / 3600:.1f} hours" in capsys.readouterr().out
+    held = rows["deepcache-n5-b3"]
+    assert float(held["GMACs"]) == pytest.approx((3 * macs(unet) + 9 * macs(unet, 3)) / 1e9, rel=1e-3)
+    whole, cached_run = (sample(unet, range(2), plan=plan) for plan in (uncached(12), uniform(12, 5, 3)))
+    same = "to the same steps uncached"
+    assert float(held[same]) == pytest.approx(relative_l2(cached_run, whole).mean().item(), rel=1e-3)
+    assert rows["whole"][same] == "0" and shown[same] == rows[FLOOR][same] == ""
+    assert float(rows[cached[0]][same]) > 0
+    assert len({rows[name]["error"] for name in published}) == 4
+    assert f"about {2 * (12 * 6 + 3 * 5 + 10) / 3600:.1f} hours" in capsys.readouterr().out
     drawn = {"error.png"} if find_spec("matplotlib") else set()  # an extra
     assert {"table.md", "samples.png", "pairs"} | drawn == {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def test_distances_are_of_the_same_pictures_and_nothing_is_drawn_twice(net, real, tmp_path, few, monkeypatch):
+def test_prompts_and_guidance(worded, tmp_path, few):
+    save(tmp_path / "net.pt", worded.unet)
+    (tmp_path / "prompts.txt").write_text("red cat\n")
+    flags = ["--ckpt", tmp_path / "net.pt", "--like", "ddim-8", "--budgets", 6, "--pairs", 2, "--out", tmp_path / "out"]
+    run(*flags, "--guidance", 2, "--prompts", tmp_path / "prompts.txt")
+    rows = rows_of(tmp_path / "out" / "table.md")
+    context = worded.unet.vocabulary.encode("red cat")
+    settings = {"seeds": range(2), "context": context, "guidance": 2.0}
+    whole, cached_run = (sample(worded.unet, **settings, plan=plan) for plan in (uncached(8), uniform(8, 5, 3)))
+    shown = rows["deepcache-n5-b3"]["to the same steps uncached"]
+    assert float(shown) == pytest.approx(relative_l2(cached_run, whole).mean().item(), rel=1e-3)
+    assert rows["whole"]["full passes"] == "16"
+    with pytest.raises(ValueError, match="another prompts"):
+        run(*flags, "--guidance", 2)
+
+
+def test_distances_are_of_the_same_pictures_and_nothing_is_drawn_twice(net32, real, tmp_path, few, monkeypatch):
     out, drawn = tmp_path / "out", []
-    images = Benchmark.images
+    draw = Pictures.draw
 
-    def counted(self, recipe, seeds):
-        drawn.extend((recipe.plan, recipe.sampler, recipe.spacing, seed) for seed in seeds)
-        return images(self, recipe, seeds)
+    def counted(self, method, seeds):
+        drawn.extend((method, seed) for seed in seeds)
+        return draw(self, method, seeds)
 
-    monkeypatch.setattr(Benchmark, "images", counted)
-    flags = ["--ckpt", net, "--budgets", 5, "--pairs", 3, "--num", 7, "--real", real, "--batch-size", 2, "--out", out]
-    run(*flags)
+    monkeypatch.setattr(Pictures, "draw", counted)
+    flags = ["--ckpt", net32, "--like", "ddim-8", "--budgets", 5, "--pairs", 3, "--num", 7, "--real", real]
+    run(*flags, "--batch-size", 2, "--out", out)
     assert len(drawn) == len(set(drawn))
-    pairs = np.load(out / "pairs" / "linear-n5-b1-0.npz")["arr_0"]
+    pairs = np.load(out / "pairs" / "linear-n5-b1.npz")["arr_0"]
     pictures = np.load(out / "linear-n5-b1.npz")["arr_0"]
     assert pairs.dtype == np.float32 and pictures.dtype == np.uint8 and len(pictures) == 7
     assert np.array_equal(to_uint8(torch.from_numpy(pairs)), pictures[:3])
     rows = rows_of(out / "table.md")
-    assert float(rows["ddim-20"]["Frechet distance"]) > 0 and rows[FLOOR]["Frechet distance"] == ""
+    assert float(rows["whole"]["Frechet distance"]) > 0 and rows[FLOOR]["Frechet distance"] == ""
     drawn.clear()
-    run(*flags)
+    run(*flags, "--batch-size", 2, "--out", out)
     again = rows_of(out / "table.md")
     assert not drawn
     for name in rows:
         assert {**rows[name], "speed-up": ""} == {**again[name], "speed-up": ""}
     with pytest.raises(ValueError, match="dtype float32, not bfloat16"):
-        run(*flags, "--dtype", "bfloat16")
+        run(*flags, "--batch-size", 2, "--out", out, "--dtype", "bfloat16")
 
 
 def test_auto_is_kept_as_what_was_chosen(net, tmp_path, few, monkeypatch):
@@ -168,30 +275,26 @@ def test_auto_is_kept_as_what_was_chosen(net, tmp_path, few, monkeypatch):
     from minicache import placement
 
     monkeypatch.setattr(placement, "fastest_dtype", lambda device: (torch.float32, ""))
-    flags = ["--ckpt", net, "--budgets", 5, "--pairs", 2, "--dtype", "auto", "--out", tmp_path / "out"]
-    run(*flags)
+    flags = ["--ckpt", net, "--like", "ddim-5", "--budgets", 5, "--pairs", 2, "--dtype", "auto"]
+    run(*flags, "--out", tmp_path / "out")
     monkeypatch.setattr(placement, "fastest_dtype", lambda device: (torch.bfloat16, ""))
     with pytest.raises(ValueError, match="dtype float32, not bfloat16"):
-        run(*flags)
+        run(*flags, "--out", tmp_path / "out")
 
 
-def test_real_images_are_seen_by_inception_once(net, real, tmp_path, few, inception):
-    run("--ckpt", net, "--budgets", 5, "--pairs", 2, "--num", 4, "--real", real, "--fid", "--out", tmp_path / "out")
+def test_real_images_are_seen_by_inception_once(net32, real, tmp_path, few, inception):
+    flags = ["--like", "ddim-5", "--budgets", 5, "--pairs", 2, "--num", 4, "--real", real, "--fid"]
+    run("--ckpt", net32, *flags, "--out", tmp_path / "out")
     rows = rows_of(tmp_path / "out" / "table.md")
-    assert inception == [9, 4, 4, 4, 4] and "FID" in rows["ddim-20"]
+    assert inception == [9, 4, 4, 4, 4, 4, 4] and "FID" in rows["whole"]
 
 
 def test_ancestral_plans(net, tmp_path, few):
-    run("--ckpt", net, "--ancestral", 8, "--pairs", 2, "--out", tmp_path)
+    run("--ckpt", net, "--ancestral", 8, "--budgets", 5, "--pairs", 2, "--out", tmp_path)
     rows = rows_of(tmp_path / "table.md")
-    assert rows["ddpm-8"]["error"] == "0" and float(rows["deepcache-n5-b3"]["error"]) > 0
-    assert all(row["sampler"] == "ddpm, uniform" for row in rows.values())
-
-
-def test_from_noised_images(net, tmp_path, few):
-    run("--ckpt", net, "--data", "shapes", "--start", 10, "--budgets", 5, "--pairs", 2, "--out", tmp_path)
-    rows = rows_of(tmp_path / "table.md")
-    assert rows["plms-5"]["sampler"] in ("plms, trailing", "plms, linspace")
+    assert rows["whole"]["error"] == "0" and float(rows["deepcache-n5-b3"]["error"]) > 0
+    assert all(row["sampler"] == "ddpm, uniform" and "uncached" not in "".join(row) for row in rows.values())
+    assert float(rows["ddpm-5"]["error"]) > float(rows["deepcache-n5-b3"]["error"])
 
 
 @pytest.mark.parametrize(
@@ -202,16 +305,19 @@ def test_from_noised_images(net, tmp_path, few):
         (["--fid"], "give --real"),
         (["--real", "REAL", "--num", "5"], "--num 5 must be at least 32"),
         (["--real", "SMALL"], "images of .*16, 16, 3.*; need .32, 32, 3"),
-        (["--ancestral", "0"], "--ancestral 0"),
+        (["--ancestral", "0"], "steps=0 must be a whole number of at least 1"),
+        (["--ancestral", "many"], "--like ddpm-many: need a sampler and its steps"),
+        (["--like", "euler-50"], "--like euler-50: need a sampler and its steps"),
+        (["--like", "dpm++2m-10", "--eta", "1"], "means nothing"),
         (["--batch-size", "0"], "--batch-size 0"),
-        (["--start", "10"], "go together"),
-        (["--data", "shapes", "--start", "10", "--spacing", "quad"], "spacing=.quad. does not begin at start - 1"),
-        (["--budgets", "5", "50"], "steps=50 is not in 1..20"),
+        (["--guidance", "3"], "cannot be told what to draw"),
+        (["--like", "ddim-10", "--budgets", "5", "50"], "steps=50 is not in 1..20"),
+        (["--like", "ddim-10", "--budgets", "0.5"], "steps=0 must be a whole number of at least 1"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(net, real, tmp_path, flags, words):
+def test_bad_input_is_refused_before_anything_is_written(net32, real, tmp_path, flags, words):
     np.savez(tmp_path / "small.npz", arr_0=to_uint8(noise(4, 3, 16, 16)))
     flags = [{"REAL": real, "SMALL": tmp_path / "small.npz"}.get(flag, flag) for flag in flags]
     with pytest.raises(ValueError, match=words):
-        run("--ckpt", net, "--out", tmp_path / "out", *flags)
+        run("--ckpt", net32, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()

@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
         nearest = pictures[training][cosines[:SHOWN, training].argmax(dim=1)].numpy()
         sheet.append(np.concatenate([to_uint8(drawn[:SHOWN]), nearest], axis=2))
         labels += [f"{words.captions[i]} ({name})" for i in indices[:SHOWN]]
-    how = f"{recipe.sampler}, {recipe.spacing}, {recipe.steps} steps, guidance {recipe.guidance:g}"
+    how = f"{recipe.label}, {recipe.steps} steps, guidance {recipe.guidance:g}"
     passes = full_passes(unet, recipe.plan, recipe.guidance)
     report = f"{args.ckpt} ({weights}): {how}, {passes:.1f} full passes\n\n{markdown(rows)}"
     print(report)

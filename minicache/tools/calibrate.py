@@ -32,9 +32,9 @@ from minicache.metrics import relative_l2
 from minicache.placement import choose_placement, place
 from minicache.plan import CachePlan, uncached, uniform
 from minicache.recipe import Recipe
-from minicache.samplers import SAMPLERS
+from minicache.samplers import SAMPLERS, passes
 from minicache.sampling import sample
-from minicache.tools import Parser, markdown
+from minicache.tools import Parser, markdown, prepare_out
 from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
 
@@ -107,7 +107,8 @@ def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, kno
         with tqdm(fits(task, known("path"), budget), desc=f"budget {budget:g}", unit="fit", disable=None) as bar:
             for recipe in bar:
                 bar.set_postfix_str(f"error {recipe.error:.4f}")
-                recipe.save(out)  # whoever interrupts the search keeps the best so far
+                if all(recipe.error <= other.error for other in found.values()):
+                    recipe.save(out)  # whoever interrupts the search keeps the best so far
                 found[len(recipe.plan.refresh) < recipe.plan.steps] = recipe
         candidates = [*found.values(), *rivals]
     else:
@@ -130,7 +131,7 @@ def report(task: Task, compared: list[Recipe], target: Tensor) -> str:
         spread = f"{e.mean():.4f} +- {e.std() / len(e) ** 0.5:.4f}"
         partial_steps = plan.steps - len(plan.refresh)
         steps = f"{len(plan.refresh)} full, {partial_steps} partial"
-        rows.append({"sampler": f"{recipe.sampler} {recipe.spacing or ''}".strip(), "steps": steps,
+        rows.append({"sampler": recipe.label, "steps": steps,
                      "cost": task.cost(plan), "error": spread,
                      "median": e.median().item(), "worst": e.max().item()})  # fmt: skip
     return markdown(rows)
@@ -143,18 +144,20 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--sampler and --steps go together: they fix what is cached")
     placement, unet = choose_placement(args.device, "float32"), load(args.ckpt)
     weights = fingerprint(unet)
+    if unet.config.context_dim and unet.vocabulary is None:
+        raise ValueError(f"--ckpt {args.ckpt} takes a context, but no words: calibrate knows only prompts of words")
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompts=args.prompts, guidance=args.guidance)
     task = Task(place(unet, placement), weights, prompts)
     step = task.cost(uncached(1))
+    most = unet.diffusion.num_timesteps * step
     for budget in args.budget:
-        if not 2 * step <= budget <= 1000 * step:
-            raise ValueError(
-                f"--budget {budget:g}: {args.ckpt} can be fitted for {2 * step:g} to {1000 * step:g} full passes"
-            )
-    whole = args.steps and task.recipe(uncached(args.steps), args.sampler)
-    folder = None if args.out.endswith(".json") else Path(args.out)
-    (folder or Path(args.out).parent).mkdir(parents=True, exist_ok=True)
+        if not 2 * step <= budget <= most:
+            raise ValueError(f"--budget {budget:g}: {args.ckpt} can be fitted for {2 * step:g} to {most:g} full passes")
+    whole = None if args.steps is None else task.recipe(uncached(passes(args.steps, args.sampler)), args.sampler)
     limit = whole or task.recipe(uncached(FINEST["steps"]), FINEST["sampler"], spacing=FINEST["spacing"])
+    limit.timesteps(unet.diffusion)  # refuses now what it would refuse later
+    folder = None if args.out.endswith(".json") else Path(args.out)
+    prepare_out(Path(args.out), (".json",))
 
     @cache
     def known(name: str) -> Any:  # each takes a while, and is needed for all budgets

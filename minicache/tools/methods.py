@@ -1,0 +1,140 @@
+"""What `evaluate` compares: the rows of its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache, partial
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from minicache.fit import FINEST, forecast
+from minicache.plan import CachePlan, PlanCache, uncached, uniform
+from minicache.recipe import Recipe
+from minicache.samplers import SAMPLERS, passes
+from minicache.solver import Solver
+from minicache.tools.calibrate import CALIBRATION, Task, off_the_shelf
+
+INTERVALS = (2, 3, 5, 10)  # of the plans that are published
+FLOOR = "floor"
+
+
+class Spectrum(PlanCache):
+    """A forecast from the features of all refreshes: ridge regression on Chebyshev polynomials of the step, of degree 4
+    (Spectrum, 2603.01623), in equal parts with the plan's own forecast."""
+
+    DEGREE, RIDGE = 4, 0.1
+
+    def __init__(self, plan: CachePlan):
+        super().__init__(plan)
+        steps = np.linspace(-1, 1, plan.steps)
+        self.basis = np.polynomial.chebyshev.chebvander(steps, self.DEGREE)  # [steps, DEGREE + 1]
+        self.A, self.B = self.RIDGE * np.eye(self.DEGREE + 1), [0.0] * (self.DEGREE + 1)
+
+    def keep(self, i: int, cached_U: Tensor) -> None:
+        super().keep(i, cached_U)
+        self.A = self.A + np.outer(self.basis[i], self.basis[i])
+        self.B = [b + weight * cached_U.float() for b, weight in zip(self.B, self.basis[i].tolist())]
+
+    def stand_in(self, i: int) -> Tensor:
+        weights = np.linalg.solve(self.A, self.basis[i]).tolist()
+        own = super().stand_in(i)
+        return (own + sum(weight * b for weight, b in zip(weights, self.B)).to(own.dtype)) / 2
+
+
+class Method(NamedTuple):
+    """How a picture is drawn."""
+
+    recipe: Recipe
+    cache: Callable[[CachePlan], PlanCache] = PlanCache
+
+
+def learned(task: Task, recipe: Recipe) -> Method:
+    """The recipe with those alphas that forecast features best on calibrate's seeds; found when they are needed."""
+    settings = {**recipe.settings(task.fingerprint), **task.where(CALIBRATION)}
+    plan = cache(partial(forecast, task.unet, **settings))
+    return Method(recipe, lambda _: PlanCache(plan()))
+
+
+def draws_noise(recipe: Recipe) -> bool:
+    return recipe.entry.noise == "variance" or recipe.eta > 0
+
+
+def finest(task: Task, steps: int) -> Recipe:
+    """The reference of all samplers without noise, or the like with another number of steps."""
+    return task.recipe(uncached(steps), FINEST["sampler"], spacing=FINEST["spacing"])
+
+
+def whole_run(task: Task, like: str, spacing: str | None, eta: float) -> Recipe:
+    """The uncached run in whose steps others' plans are tried; like: SAMPLER-STEPS."""
+    sampler, _, steps = like.rpartition("-")
+    if sampler not in SAMPLERS or not steps.isdecimal():
+        raise ValueError(f"--like {like}: need a sampler and its steps, as pndm-50")
+    return task.recipe(uncached(passes(int(steps), sampler)), sampler, spacing=spacing, eta=eta)
+
+
+def same_run(recipe: Recipe, whole: Recipe) -> bool:
+    """Whether they differ in nothing but the cache."""
+    first, second = ((r.sampler, r.spacing, r.eta, r.plan.steps) for r in (recipe, whole))
+    return first == second
+
+
+def published(task: Task, whole: Recipe) -> dict[str, Method]:
+    """Plans that need no calibration of the sampler, in the steps of `whole`."""
+    found = {}
+    for N in INTERVALS:
+        linear = replace(whole, plan=uniform(whole.plan.steps, N, 1, "linear"))
+        found |= {
+            f"deepcache-n{N}-b3": Method(replace(whole, plan=uniform(whole.plan.steps, N, 3))),
+            f"deepcache-n{N}-b1": Method(replace(whole, plan=uniform(whole.plan.steps, N, 1))),
+            f"linear-n{N}-b1": Method(linear),
+            f"l2p-n{N}-b1": learned(task, linear),
+            f"spectrum-n{N}-b1": Method(linear, Spectrum),
+        }
+    return found
+
+
+def fitted(task: Task, whole: Recipe, recipes: Iterable[Recipe]) -> dict[str, dict[str, Method]]:
+    """What was calibrated for this guidance, and for the steps of `whole` where that draws noise."""
+    found: dict[str, dict[str, Method]] = {}
+    for recipe in recipes:
+        suits = same_run(recipe, whole) if draws_noise(whole) else not draws_noise(recipe)
+        if suits and recipe.guidance == whole.guidance:
+            kind = "fitted" if isinstance(recipe.sampler, Solver) else recipe.sampler
+            cached = "cached" if len(recipe.plan.refresh) < recipe.plan.steps else "uncached"
+            name = f"{kind}-{cached}-{task.cost(recipe.plan):.0f}"
+            row = found.setdefault(name, {})
+            row[f"{name}-{len(row)}"] = Method(recipe)
+    return found
+
+
+def fewer_steps(task: Task, whole: Recipe, budget: float) -> dict[str, dict[str, Method]]:
+    """Uncached, for this cost: the best sampler, and that of `whole`."""
+    steps = int(budget / task.cost(uncached(1)) + 1e-9)
+    kinds = {} if draws_noise(whole) else {"uncached": off_the_shelf(task, steps)}
+    kinds[whole.sampler] = [replace(whole, plan=uncached(steps))]
+    return {f"{kind}-{budget:g}": {name_of(each): Method(each) for each in row} for kind, row in kinds.items()}
+
+
+def name_of(uncached: Recipe) -> str:
+    return f"{uncached.sampler}-{uncached.spacing}-{uncached.plan.steps}"
+
+
+def methods(
+    task: Task, whole: Recipe, budgets: Iterable[float], recipes: Iterable[Recipe]
+) -> dict[str, dict[str, Method]]:
+    """Row -> name -> method, of one cost, of which the best counts; first comes `whole`. ValueError for what cannot be
+    drawn."""
+    found = {"whole": {name_of(whole): Method(whole)}}
+    found |= {name: {name: method} for name, method in published(task, whole).items()}
+    found |= fitted(task, whole, recipes)
+    for budget in budgets:
+        found |= fewer_steps(task, whole, budget)
+    if not draws_noise(whole):
+        found[FLOOR] = {FLOOR: Method(finest(task, FINEST["steps"] // 2))}
+    for row in found.values():
+        for method in row.values():
+            method.recipe.timesteps(task.unet.diffusion)
+    return found
