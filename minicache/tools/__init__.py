@@ -88,7 +88,7 @@ def at_least(args: argparse.Namespace, **least: int) -> None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table of rows, column -> cell; a column that a row lacks is empty there, and so is None."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = [*dict.fromkeys(name for row in rows for name in row)]  # the command named list hides the type
     table = [names, ["---"] * len(names), *([row.get(name) for name in names] for row in rows)]
 
     def text(cell: Any) -> str:
