@@ -84,7 +84,7 @@ def test_each_step_ends_as_near_to_the_path_as_it_can(net, path):
             for change in (-0.5, 0.5):
                 rows = [list(row) for row in solver.weights]
                 rows[j][k] += change
-                assert distance(rows, j) > best
+                assert distance(rows, j) > best * (1 - 1e-5)  # some eps are nearly parallel
 
 
 def test_a_fit_beats_what_is_on_the_shelf(net, path):

@@ -130,11 +130,11 @@ def test_every_flag_does_what_it_says(net, tmp_path, flags, settings):
 
 def test_budget_takes_the_nearest_plan_unless_it_costs_much_more():
     unet = load("tiny_cifar10")
-    for budget, nearest in ((9, 10), (21, 20), (1e9, 50)):
+    for budget, nearest in ((9, 10), (21, 20), (1e9, 30)):
         plan = recipe_within(parse(["--budget", str(budget)]), unet, fingerprint(unet)).plan
         assert 0.8 * nearest <= full_passes(unet, plan) <= nearest
-    with pytest.raises(ValueError, match=r"the cheapest plan .* costs 9.4 full passes: make one with .* --budget 5 "):
-        recipe_within(parse(["--budget", "5"]), unet, fingerprint(unet))
+    with pytest.raises(ValueError, match=r"the cheapest plan .* costs 5.0 full passes: make one with .* --budget 3 "):
+        recipe_within(parse(["--budget", "3"]), unet, fingerprint(unet))
 
 
 def test_a_plan_nearer_to_the_budget_but_much_over_it_is_passed_over():
