@@ -20,7 +20,7 @@ from minicache.metrics import relative_l2
 from minicache.plan import CachePlan
 from minicache.samplers import Point, Sampler, step_along
 from minicache.sampling import Network, denoise
-from minicache.solver import Solver
+from minicache.solver import Solver, noise_level
 
 FINEST = {"steps": 200, "sampler": "dpm++2m", "spacing": "rho4"}  # a path; 800 steps change images by 0.0003
 LAGS = 8  # eps that a fitted step weighs, at most
@@ -29,18 +29,13 @@ SWEEPS = 3
 RIDGE = 1e-8  # pulls weights to DDIM's, in parts of their mean square
 
 
-def noise_level(a: float) -> float:
-    """s = sqrt(1 - a) / sqrt(a)."""
-    return sqrt((1 - a) / a)
-
-
 class Path:
     """y = x / sqrt(a) at any noise level s, on the finely resolved way of a few seeds: a Hermite cubic between steps,
     as eps is dy/ds. where: what `denoise` is told of seeds, x_T, context and guidance."""
 
     @torch.no_grad()
     def __init__(self, unet: Network, **where: Any):
-        alpha_bar, x, s, y, eps = unet.diffusion.alpha_bar, None, [], [], []
+        alpha_bar, s, y, eps = unet.diffusion.alpha_bar, [], [], []
         self.where = where
         for step in denoise(unet, **FINEST, **where):
             a = alpha_bar(step.t)
@@ -144,9 +139,7 @@ def nested(full: int, partial: int) -> CachePlan:
     return CachePlan(full + partial, 1, tuple(refresh))
 
 
-def search(
-    unet: Network, path: Path, plan: CachePlan, rho: float, sweeps: int = SWEEPS, name: str = "fitted"
-) -> Iterator[Fit]:
+def search(unet: Network, path: Path, plan: CachePlan, rho: float, sweeps: int = SWEEPS) -> Iterator[Fit]:
     """Ever better fits: one for timesteps uniform in s^(1/rho), then one for each change of them that helps.
 
     Each sweep tries to shift every timestep (but the first) towards either neighbour, and those around it less; the
@@ -157,8 +150,11 @@ def search(
     known = [noise_level(diffusion.alpha_bar(each)) ** (1 / rho) for each in full]
     least = known[-1]
     u = np.interp(range(plan.steps), plan.refresh, known).tolist()  # partial steps evenly between
-    t = [diffusion.timestep(1 / (1 + v ** (2 * rho))) for v in u]
-    yield (best := fitted(unet, path, t, plan, name))
+
+    def fit(u: list[float]) -> Fit:
+        return fitted(unet, path, [diffusion.timestep(1 / (1 + v ** (2 * rho))) for v in u], plan)
+
+    yield (best := fit(u))
     S, size = plan.steps, 0.25
     width = max(1.0, (S - 1) / KNOTS)
     for _ in range(sweeps):
@@ -166,7 +162,7 @@ def search(
         for center in torch.arange(S - 1, 0, -width).tolist():
             for sign in (1, -1):
                 moved = shifted(u, center, sign * size, width, least)
-                tried = fitted(unet, path, [diffusion.timestep(1 / (1 + v ** (2 * rho))) for v in moved], plan, name)
+                tried = fit(moved)
                 if tried.error < best.error:
                     best, u = tried, moved
                     yield best

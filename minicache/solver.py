@@ -14,6 +14,11 @@ from minicache.diffusion import Diffusion
 from minicache.samplers import SAMPLERS, Point, Sampler, predict_x0, step_along
 
 
+def noise_level(a: float) -> float:
+    """s = sqrt(1 - a) / sqrt(a)."""
+    return math.sqrt((1 - a) / a)
+
+
 @dataclass(frozen=True)
 class Solver:
     """DDIM's step along a weighted sum of the eps seen so far: with y = x / sqrt(a) and s = sqrt(1 - a) / sqrt(a),
@@ -70,7 +75,7 @@ def tabulated(sampler: str, t: Sequence[float], diffusion: Diffusion) -> Solver:
     alphas, rows, past = [*map(diffusion.alpha_bar, t), 1.0], [], []
     x = unit[0] * math.sqrt(alphas[0])
     for j, (a, a_next) in enumerate(pairwise(alphas)):
-        y, s, s_next = x / math.sqrt(a), *(math.sqrt((1 - each) / each) for each in (a, a_next))
+        y, s, s_next = x / math.sqrt(a), noise_level(a), noise_level(a_next)
         now = Point(a, x, unit[j + 1], predict_x0(x, unit[j + 1], a), i=j)
         now = entry.correct(now, past) if entry.correct and past else now
         x = entry.step(now, past, a_next)

@@ -30,7 +30,7 @@ from minicache.fit import FINEST, SWEEPS, fitted, forecast, nested, search
 from minicache.fit import Path as FinePath
 from minicache.metrics import relative_l2
 from minicache.placement import choose_placement, place
-from minicache.plan import CachePlan, uncached, uniform
+from minicache.plan import CachePlan, from_refreshes, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.samplers import SAMPLERS, passes
 from minicache.sampling import sample
@@ -70,7 +70,7 @@ class Task(NamedTuple):
 
 
 def off_the_shelf(task: Task, steps: int) -> list[Recipe]:
-    """Uncached sampling by every deterministic sampler, with its best spacing."""
+    """Uncached sampling by every deterministic sampler, with its default spacing."""
     return [task.recipe(uncached(steps), name) for name in RIVALS]
 
 
@@ -95,7 +95,7 @@ def fixed(task: Task, whole: Recipe, budget: float) -> Iterator[Recipe]:
     for branch in range(1, min(3, len(task.unet.D)) + 1):
         plans = [uniform(steps, N, branch) for N in range(2, steps + 1)]
         for plan in [plan for plan in plans if task.cost(plan) <= budget][:1]:
-            linear = uniform(steps, -(-steps // len(plan.refresh)), branch, "linear")
+            linear = from_refreshes(steps, branch, plan.refresh, "linear")
             settings = {**whole.settings(task.fingerprint), **task.where(CALIBRATION), "plan": plan}
             yield from (replace(whole, plan=each) for each in (plan, linear, forecast(task.unet, **settings)))
 
