@@ -227,10 +227,9 @@ def sample(
     size = max(count, 1) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    planned = passes(settings.get("steps") or STEPS, settings.get("sampler"))
-    steps = settings["plan"].steps if settings.get("plan") else planned
+    plan = settings.get("plan") or uncached(passes(settings.get("steps") or STEPS, settings.get("sampler")))
     images = []
-    with tqdm(total=-(-count // size) * steps, unit="step", disable=None if progress else True) as bar:
+    with tqdm(total=-(-count // size) * plan.steps, unit="step", disable=None if progress else True) as bar:
         for k in range(0, max(count, 1), size):
             batch = {name: None if row is None else row[k : k + size] for name, row in rows.items()}
             for step in denoise(unet, **batch, **settings):

@@ -72,9 +72,9 @@ class Task(NamedTuple):
         return full_passes(self.unet, plan, self.prompts.guidance)
 
 
-def finest(task: Task, steps: int = FINEST["steps"]) -> Recipe:
-    """The reference of all samplers without noise, or the like with another number of steps."""
-    return task.recipe(uncached(steps), FINEST["sampler"], spacing=FINEST["spacing"])
+def finest(task: Task, part: int = 1) -> Recipe:
+    """The reference of all samplers without noise, or the like with a part of its steps."""
+    return task.recipe(uncached(FINEST["steps"] // part), FINEST["sampler"], spacing=FINEST["spacing"])
 
 
 def off_the_shelf(task: Task, steps: int, target: Tensor) -> list[Recipe]:

@@ -191,9 +191,9 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompts=args.prompts, guidance=args.guidance)
     task = Task(place(unet, placement), weights, prompts)
     whole = whole_run(task, args.like, args.spacing, args.eta)
-    found = methods(task, whole, args.budgets, recipes_in(args.recipes or embedded_folder() / "recipes", weights))
-    if args.smaller:
-        found |= smaller(task, whole, args.smaller, placement)
+    other = smaller(task, whole, args.smaller, placement) if args.smaller else {}
+    recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
+    found = methods(task, whole, args.budgets, recipes) | other
     dtype = str(placement.dtype).removeprefix("torch.")
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": dtype}
     num = args.num or max(1000, args.pairs) if real else args.pairs

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from minicache.checkpoints import fingerprint, load
-from minicache.fit import FINEST, forecast
+from minicache.fit import forecast
 from minicache.placement import Placement, place
 from minicache.plan import CachePlan, PlanCache, uncached, uniform
 from minicache.recipe import Recipe
@@ -121,16 +121,11 @@ def smaller(task: Task, whole: Recipe, ckpt: str, placement: Placement) -> dict[
     return {"smaller": {f"smaller-{name_of(recipe)}": Method(recipe, task=other)}}
 
 
-@cache
-def shortlist(task: Task) -> Tensor:
-    """The reference of those few seeds by which off-the-shelf samplers are chosen."""
-    return task.images(finest(task), SHORTLIST)
-
-
-def fewer_steps(task: Task, whole: Recipe, budget: float) -> dict[str, dict[str, Method]]:
-    """Uncached runs for this cost: of all deterministic samplers, and of that of `whole`."""
+def fewer_steps(task: Task, whole: Recipe, budget: float, target: Tensor | None) -> dict[str, dict[str, Method]]:
+    """Uncached runs for this cost: of those deterministic samplers that come near to the target, the reference of a few
+    seeds, where there is one; and of the sampler of `whole`."""
     steps = int(budget / task.cost(uncached(1)) + 1e-9)
-    kinds = {} if draws_noise(whole) else {"uncached": off_the_shelf(task, steps, shortlist(task))}
+    kinds = {} if target is None else {"uncached": off_the_shelf(task, steps, target)}
     if steps > 2 or not whole.entry.twice:
         kinds[whole.sampler] = [replace(whole, plan=uncached(steps))]
     return {f"{kind}-{budget:g}": {name_of(each): Method(each) for each in row} for kind, row in kinds.items()}
@@ -151,10 +146,11 @@ def methods(
     found = {"whole": {name_of(whole): Method(whole)}}
     found |= {name: {name: method} for name, method in published(task, whole).items()}
     found |= fitted(task, whole, recipes)
+    target = None if draws_noise(whole) else task.images(finest(task), SHORTLIST)
     for budget in budgets:
-        found |= fewer_steps(task, whole, budget)
+        found |= fewer_steps(task, whole, budget, target)
     if not draws_noise(whole):
-        found[FLOOR] = {FLOOR: Method(finest(task, FINEST["steps"] // 2))}
+        found[FLOOR] = {FLOOR: Method(finest(task, part=2))}
     for row in found.values():
         for method in row.values():
             method.recipe.timesteps(task.unet.diffusion)
