@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-Time = float | Tensor  # a timestep, 0 to 999, whole or not: a number, or a tensor of one element (for all) or of B
+Time = float | Tensor  # 0 to 999, whole or not: a number, or a tensor of one element (for all) or of B, not looked at
 Context = Tensor | None  # ids [B, K], or tokens [B, K, context_dim]; None says nothing
 
 
