@@ -71,7 +71,7 @@ def told(path: Path, content: Mapping[str, Any]) -> tuple[None, Diffusion | None
             diffusion = Diffusion(len(betas), *ends, variance="fixed_small", beta_schedule=schedule)
             if torch.allclose(diffusion.alphas_bar, torch.cumprod(1 - betas.double(), 0), rtol=1e-3):
                 return None, diffusion
-        raise ValueError(f"{ends[0]} to {ends[1]} are none of {', '.join(BETA_SCHEDULES)}")
+        raise ValueError(f"its betas, {ends[0]} to {ends[1]}, are none of {', '.join(BETA_SCHEDULES)}")
 
 
 COMPVIS = Family(
