@@ -13,6 +13,8 @@ from torch import Tensor
 from minicache.diffusion import Diffusion
 from minicache.samplers import SAMPLERS, Point, Sampler, predict_x0, step_along
 
+LARGEST = 1_000_000  # of a solver's numbers: what is larger overflows sooner or later
+
 
 def noise_level(a: float) -> float:
     """s = sqrt(1 - a) / sqrt(a)."""
@@ -45,8 +47,8 @@ class Solver:
             raise ValueError(f"a solver's name={self.name!r} must be a text")
         t, (weights, pulls) = tuple(self.t), (tuple(map(tuple, table)) for table in tables)
         numbers = [*t, *(weight for row in rows for weight in row)]
-        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-            raise ValueError("a solver's t, weights and pulls must be finite numbers")
+        if not all(type(number) in (int, float) and abs(number) <= LARGEST for number in numbers):
+            raise ValueError(f"a solver's t, weights and pulls must be finite numbers, of size {LARGEST} at most")
         if not t or any(a <= b for a, b in pairwise(t)) or not (0 <= t[-1] and 0 < t[0]):
             raise ValueError(f"a solver's timesteps must fall from above 0 to 0 at the least, unlike {t}")
         for table in (weights, pulls or weights):
