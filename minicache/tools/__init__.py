@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch's words, on every device
+# torch's words, on every device
+TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "size calculation overflowed")
+MOST = 10**8  # of whatever a flag counts: who asks for more has mistyped it
 
 
 class Debug(argparse.Action):
@@ -79,11 +81,13 @@ def interruptions() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def at_least(args: argparse.Namespace, **least: int) -> None:
-    """ValueError for a flag that is given and less than this."""
+def at_least(args: Any, most: int = MOST, **least: int) -> None:
+    """ValueError for a flag that is given and less than this, or more than `most`; it may hold a list of numbers."""
     for name, low in least.items():
-        if (value := getattr(args, name)) is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else () if given is None else (given,):
+            if not low <= value <= most:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low} and at most {most}")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

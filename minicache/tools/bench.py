@@ -238,9 +238,8 @@ def completed(args: argparse.Namespace) -> tuple[UNet, Paper, dict[str, Placemen
     for name, value in (SMALL if macs(unet) < 50e9 else {**LARGE, "branch": [paper.branch]}).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    at_least(args, rounds=2, steps=2 if args.steps else 0)
-    if min(args.batch) < 1:
-        raise ValueError(f"--batch {min(args.batch)} must be at least 1")
+    at_least(args, rounds=2, batch=1)
+    at_least(args, most=(unet.diffusion or Diffusion()).num_timesteps, steps=2 if args.steps else 0)
     choose = partial(choose_placement, args.device, memory_format=args.memory_format)
     placements = {name: choose(name, compile="auto" if name == "auto" else False) for name in args.dtype}
     if str(placements.get("auto")) == str(placements.get("float32")):  # also where neither was asked for
