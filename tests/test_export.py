@@ -2,10 +2,12 @@
 
 import json
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import noise, random_unet, relative
+from conftest import ROOT, noise, random_unet, relative
 
 from minicache import Diffusion, UNet, UNetConfig, load, sample, uniform
 from minicache.checkpoints import fingerprint, save
@@ -47,6 +49,13 @@ def test_deepcache_on_onnxruntime(net, tmp_path, monkeypatch):
     runpy.run_path(str(tmp_path / "deep" / "example.py"), run_name="__main__")
     assert (tmp_path / "samples.png").exists()
     assert json.loads((tmp_path / "deep" / "network.json").read_text())["fingerprint"] == fingerprint(load(net))
+
+
+def test_a_full_disk_leaves_no_half_program(net, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    command = f"ulimit -f 200; exec {sys.executable} -m minicache export --ckpt {net} --format pt2 --out {tmp_path}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_wrong_flags(net, tmp_path, monkeypatch):

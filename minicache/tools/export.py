@@ -11,6 +11,7 @@ B is free; H and W are the network's. network.json has the shape, the branch and
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import warnings
@@ -91,8 +92,9 @@ def main(args: argparse.Namespace) -> None:
         if ending == "onnx":
             save_onnx(out / names[kind], program, ["eps", "cached_U"] if kind == "full" else ["eps"])
         else:
+            torch.export.save(program, packed := io.BytesIO())  # on a full disk, torch itself ends the process
             with replacing(out / names[kind]) as temporary:
-                torch.export.save(program, temporary)
+                temporary.write_bytes(packed.getbuffer())
     network = {
         **names,
         "shape": [unet.config.in_channels, size, size],
