@@ -35,7 +35,7 @@ from minicache.diffusion import Diffusion
 from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
 from minicache.placement import choose_placement
 from minicache.sampling import sample
-from minicache.tools import Parser, interruptions, run
+from minicache.tools import Parser, at_least, interruptions, make_folder, run
 from minicache.unet import UNet, UNetConfig
 from minicache.words import Vocabulary
 
@@ -82,12 +82,11 @@ class Settings:
     save_every: int = flag(500, "steps between checkpoints")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "preview_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not (self.lr > 0 and 0 <= self.ema < 1 and 0 <= self.jitter < 1):
-            given = f"{self.lr}, {self.ema} and {self.jitter}"
-            raise ValueError(f"need lr > 0, 0 <= ema < 1 and 0 <= jitter < 1, not {given}")
+        at_least(self, steps=1, batch_size=1, preview_every=1, save_every=1)
+        at_least(self, most=2**32, seed=0)
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.ema < 1 > self.jitter >= 0):
+            given = f"{self.lr}, {self.weight_decay}, {self.ema} and {self.jitter}"
+            raise ValueError(f"need finite lr > 0 and weight_decay >= 0, 0 <= ema < 1 and 0 <= jitter < 1, not {given}")
 
     @property
     def folder(self) -> Path:
@@ -107,7 +106,7 @@ def main(**flags: Any) -> Path:
     training = Training(settings, words and words.vocabulary())
     size = training.unet.config.image_size
     draw = words.source(training.unet.vocabulary, size) if words else wordless(source(settings.data, size))
-    settings.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.folder)
     parameters = sum(p.numel() for p in training.unet.parameters())
     precision = "bf16" if training.low_precision else "float32"
     print(f"{parameters:,} parameters, {precision}, {training.device}, {torch.get_num_threads()} threads", flush=True)

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from minicache import __main__ as door
 from minicache import tools
-from minicache.tools import Parser, markdown, run
+from minicache.tools import Parser, make_folder, markdown, run
 
 
 def said(capsys, error: BaseException, code: int = 2) -> str:
@@ -50,6 +50,8 @@ def test_what_went_wrong_is_one_sentence(capsys):
     for error, sentence in (
         (ValueError("--num 0 is too few\nand more"), "--num 0 is too few"),
         (FileNotFoundError(2, "No such file or directory", "x.pt"), "x.pt: No such file or directory"),
+        (IsADirectoryError(21, "Is a directory", ".x.1.tmp", None, "x"), "x: Is a directory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
         (ConnectionError("no network"), "no network"),
         (ValueError(), "ValueError"),
         (OSError(), "OSError"),
@@ -97,6 +99,15 @@ def test_debug_shows_tracebacks(monkeypatch):
 
 def test_an_interruption_exits_as_the_shell_expects(capsys):
     assert said(capsys, KeyboardInterrupt(), 130) == ""
+
+
+def test_a_folder_is_tried_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/nowhere")):
+        with pytest.raises(ValueError, match=f"{folder}: this folder cannot be made or written to"):
+            make_folder(folder)
+    make_folder(tmp_path / "two" / "deep")
+    assert not list((tmp_path / "two" / "deep").iterdir())
 
 
 def test_a_table_has_a_column_for_all_that_any_row_says():

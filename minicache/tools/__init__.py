@@ -58,8 +58,9 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
         bug = isinstance(error, RuntimeError) and not any(words in said for words in TOO_LITTLE_MEMORY)
         if bug or os.environ.get("MINICACHE_DEBUG") == "1":
             raise
-        if isinstance(error, OSError) and error.strerror and error.filename:
-            said = f"{error.filename}: {error.strerror}"
+        if isinstance(error, OSError) and error.strerror:
+            where = error.filename2 or error.filename  # of a renaming, the new name: the other one is temporary
+            said = f"{where}: {error.strerror}" if where else error.strerror
         print(f"{name}: {said.splitlines()[0] if said else type(error).__name__}", file=sys.stderr)
         sys.exit(2)
 
@@ -116,9 +117,13 @@ def prepare_out(out: Path, endings: tuple[str, ...]) -> None:
         raise ValueError(f"--out {out}: the ending {allowed}")
     if out.exists() and out.is_dir() != is_folder:
         raise ValueError(f"--out {out}: there is a {'file' if is_folder else 'folder'} of that name")
+    make_folder(out if is_folder else out.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and try it, before the work. ValueError where it cannot be made or written to."""
     try:
-        folder = out if is_folder else out.parent
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"--out {out}: its folder cannot be made or written to ({error.strerror})") from None
+        raise ValueError(f"{folder}: this folder cannot be made or written to ({error.strerror})") from None
