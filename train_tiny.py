@@ -203,22 +203,33 @@ class Training:
         content = read_file(last)
         if "training" not in content:
             raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
+        try:
+            self.take_over(content)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(f"{last} cannot be resumed from, as its state is not whole ({what})") from None
+
+    def take_over(self, content: dict[str, Any]) -> None:
+        """What `restore` has read. ValueError as there, and anything at all where the content is not whole."""
+        last, state = self.settings.last, content["training"]
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"{last} cannot be resumed from: its step is {state['step']!r}")
         words = self.unet.vocabulary and self.unet.vocabulary.words
         if words != content.get("vocabulary", {}).get("words"):
             raise ValueError(f"{last} was trained with other words than those of the captions in {self.settings.data}")
         here = {**asdict(self.settings), **asdict(self.unet.config), **asdict(self.unet.diffusion)}
-        there = {**content["config"], **content["diffusion"], **content["training"]["arguments"]}
+        there = {**content["config"], **content["diffusion"], **state["arguments"]}
         for name, value in there.items():
             if here.get(name) != value:
                 now = here.get(name)
                 raise ValueError(f"{last} was trained with {name}={value!r}, not {now!r}: use the same flags")
         self.average.load_state_dict(content["state_dict"])
-        self.unet.load_state_dict(content["training"]["unet"])
-        self.optimizer.load_state_dict(content["training"]["optimizer"])  # by position, and unchecked
-        if any(state["exp_avg"].shape != p.shape for p, state in self.optimizer.state.items()):
+        self.unet.load_state_dict(state["unet"])
+        self.optimizer.load_state_dict(state["optimizer"])  # by position, and unchecked
+        if any(self.optimizer.state[p]["exp_avg"].shape != p.shape for p in self.unet.parameters()):
             raise ValueError(f"{last} was begun by another version: begin anew, with --init {last}")
-        self.usual = content["training"].get("usual", self.usual)
-        self.step = content["training"]["step"]
+        self.usual = [float(state["usual"][k]) for k in range(BINS)] if "usual" in state else self.usual
+        self.step = state["step"]
 
 
 def network(settings: Settings, vocabulary: Vocabulary | None) -> UNet:
