@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from minicache import __main__ as door
 from minicache import tools
-from minicache.tools import Parser, make_folder, markdown, run
+from minicache.tools import MOST, Parser, at_least, make_folder, markdown, run
 
 
 def said(capsys, error: BaseException, code: int = 2) -> str:
@@ -99,6 +101,19 @@ def test_debug_shows_tracebacks(monkeypatch):
 
 def test_an_interruption_exits_as_the_shell_expects(capsys):
     assert said(capsys, KeyboardInterrupt(), 130) == ""
+
+
+def test_what_is_counted_has_bounds():
+    import_module("minicache.tools.list")  # where it hides the type
+    at_least(SimpleNamespace(num=None, batch=[1, MOST], seed=0), num=1, batch=1, seed=0)
+    for num, batch, words in (
+        (0, [1], "--num 0 must be at least 1 and at most 100000000"),
+        (10**9, [1], "--num 1000000000 must be"),
+        (1, [1, 0], "--batch 0 must be"),
+        (1, [2**61], "--batch 2305843009213693952 must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            at_least(SimpleNamespace(num=num, batch=batch), num=1, batch=1)
 
 
 def test_a_folder_is_tried_before_the_work(tmp_path):

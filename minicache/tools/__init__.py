@@ -86,7 +86,7 @@ def at_least(args: Any, most: int = MOST, **least: int) -> None:
     """ValueError for a flag that is given and less than this, or more than `most`; it may hold a list of numbers."""
     for name, low in least.items():
         given = getattr(args, name)
-        for value in given if isinstance(given, list) else () if given is None else (given,):
+        for value in (given,) if isinstance(given, int) else given or ():
             if not low <= value <= most:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low} and at most {most}")
 
