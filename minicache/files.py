@@ -45,8 +45,11 @@ def digest(path: Path, algorithm: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $MINICACHE_HOME, or ~/.cache/minicache."""
-    return Path(os.environ.get("MINICACHE_HOME") or Path.home() / ".cache" / "minicache")
+    """Where downloads are kept: $MINICACHE_HOME, or ~/.cache/minicache. ValueError for a user without a home."""
+    try:
+        return Path(os.environ.get("MINICACHE_HOME") or Path.home() / ".cache" / "minicache")
+    except RuntimeError:
+        raise ValueError("you have no home folder: say in MINICACHE_HOME where downloads are kept") from None
 
 
 def fetch(url: str, path: Path, checksum: str | None) -> Path:

@@ -8,6 +8,7 @@ of the shards, and they meet only at the beginning and at the end. If one dies, 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -78,7 +79,8 @@ class ImageSet:
         """images: uint8 [B, H, W, C]."""
         if self.packed:
             with replacing(self.files(shard)[0]) as temporary:
-                np.save(temporary, images)
+                np.save(content := io.BytesIO(), images)  # to a file, it misses that the disk is full
+                temporary.write_bytes(content.getbuffer())
         else:
             for path, image in zip(self.files(shard), images):
                 save_png(path, image)

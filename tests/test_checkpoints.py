@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import re
 import threading
 
@@ -134,6 +135,15 @@ def test_listing(monkeypatch, tmp_path):
     assert lines[2].split()[:4] == ["tiny_cifar10", megabytes, "yes", "yes"]
     line = next(line for line in lines if line.startswith("ddpm_cifar10 "))
     assert line.split()[1:4] == ["143", "NO", "no"] and "FID 12" in line
+
+
+def test_who_has_no_home_is_asked_for_a_folder(monkeypatch):
+    """As in a container that runs under a number of its own."""
+    monkeypatch.delenv("MINICACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what Python makes of "~" there
+    for command in (listing, lambda: locate("sd15")):
+        with pytest.raises(ValueError, match="MINICACHE_HOME"):
+            command()
 
 
 def test_a_fingerprint_is_that_of_the_weights_of_now():

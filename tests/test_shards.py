@@ -33,6 +33,22 @@ def contents(path: Path) -> bytes | dict[str, bytes]:
     return path.read_bytes() if path.is_file() else {p.name: p.read_bytes() for p in sorted(path.iterdir())}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_full_disk_leaves_no_shard_that_is_cut(tmp_path):
+    """A limit on the size of files stands for the full disk. NumPy's own writing of small arrays does not see it."""
+    import resource
+
+    images, before = ImageSet(tmp_path / "x.npz", range(4), 4, {}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    images.folder.mkdir()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        with pytest.raises(OSError):
+            images.write(range(4), images_of(range(4)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(images.folder.iterdir())
+
+
 class Interrupted(Exception):
     pass
 
