@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import platform
 import re
 import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,25 +22,49 @@ try:
 except ImportError:  # not on Windows, where processes are not kept apart
     fcntl = None
 
+# The name, the machine and the process; writers go by the ending.
+TEMPORARY = re.compile(rf"\.(.+)\.{re.escape(platform.node())}-(\d{{1,9}})\.tmp(\.[^.]+)?")
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` at the end, removed if anything goes wrong."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")  # writers go by the ending
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
-def leftovers(folder: Path) -> Iterator[Path]:
-    """Temporary files of processes that were killed."""
-    return folder.glob(".*.tmp*")
+@cache  # once is enough, and a folder of many pictures is slow to list
+def sweep(folder: Path) -> None:
+    """Remove what processes of this machine were writing into a folder when they were killed."""
+    with suppress(OSError):  # it is somebody else's
+        for file in folder.iterdir():
+            ours = TEMPORARY.fullmatch(file.name)
+            if ours and Path(ours[1]).suffix == (ours[3] or "") and not alive(int(ours[2])):
+                remove(file)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def alive(process: int) -> bool:
+    """Whether there is a process of that number; always True on Windows, where asking would end it."""
+    try:
+        return os.name == "nt" or os.kill(process, 0) is None
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from minicache.files import leftovers, replacing
+from minicache.files import replacing
 from minicache.images import save_png
 
 try:
@@ -130,14 +130,10 @@ class ImageSet:
                 raise ValueError(f"{where} was made with {with_what}; choose another --out")
 
     def finish(self) -> None:
-        """Make one .npz of all shards, read one at a time; or remove what killed processes have left in a folder.
+        """Make one .npz of all shards, read one at a time.
 
         The images are arr_0 [N, H, W, C], which the evaluator of ADM (Dhariwal & Nichol 2021) reads.
         """
-        if not self.packed:
-            for leftover in leftovers(self.folder):
-                leftover.unlink(missing_ok=True)
-            return
         first = np.load(self.files(self.shards[0])[0], mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(self.seeds), *first.shape[1:])}
         with replacing(self.out) as temporary:
@@ -200,6 +196,6 @@ def fill(images: ImageSet, draw: Callable[[range], np.ndarray]) -> int:
                 images.write(shard, draw(shard))
                 bar.update(len(shard))
         meet()
-        if rank == 0 and not complete:
+        if rank == 0 and images.packed and not complete:
             images.finish()
     return left

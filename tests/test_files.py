@@ -3,7 +3,10 @@
 import functools
 import hashlib
 import http.server
+import os
+import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +20,7 @@ from conftest import ROOT
 
 from minicache import files, load
 from minicache.checkpoints import REGISTRY, Entry, locate
-from minicache.files import fetch, locked
+from minicache.files import fetch, locked, replacing
 
 CONTENT = bytes(range(256)) * 5000
 CHECKSUM = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -201,6 +204,35 @@ def test_offline_error_says_what_to_do(server, tmp_path, monkeypatch):
         load("unreachable")
     for word in ("unreachable.bin", "http://127.0.0.1:9/net.bin", str(tmp_path / "home" / "unreachable.bin")):
         assert word in str(error.value)
+
+
+# --- what killed processes leave -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nobody can ask there which processes live")
+def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path):
+    """The next process that writes there cleans up."""
+    code = """if True:
+        import os, signal
+        from minicache.files import replacing
+        with replacing("k.npz") as npz, replacing("last.pt") as checkpoint, replacing("folder") as folder:
+            npz.write_text("whole, but not there")
+            checkpoint.write_text("half")
+            (folder / "unet").mkdir(parents=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    living = f".other.npz.{platform.node()}-{os.getppid()}.tmp.npz"
+    others = {".notes.tmp.txt", living, ".x.png.elsewhere-7.tmp.png", f".x.png.{platform.node()}-{2**22 + 1}.tmp.txt"}
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".cache.tmp").mkdir()
+    with replacing(tmp_path / "k.npz") as temporary:
+        temporary.write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, ".cache.tmp", "k.npz"}
 
 
 @needs_locks
