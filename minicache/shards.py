@@ -1,9 +1,10 @@
 """Many pictures, drawn in shards: a run may be interrupted, killed, begun again, and shared among processes.
 
 A shard is one batch of consecutive seeds, so its bytes do not depend on the process that draws it, or on when. It is on
-disk whole or not at all, and a shard that is there is not drawn again. A manifest says how the images are made: a run
-with other settings is refused, and so is a second run while one is at work. Under torchrun each process draws its share
-of the shards, and they meet only at the beginning and at the end. If one dies, begin again, with as many as you like.
+disk whole or not at all, and a shard that is there is not drawn again. A manifest says how the
+images are made: a run with other settings is refused, and so is a second run while one is at work. Under torchrun each
+process draws its share of the shards, and they meet only at the beginning and at the end. If one dies, begin again,
+with as many as you like.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,13 +24,8 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from minicache.files import replacing
+from minicache.files import locked, replacing
 from minicache.images import save_png
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs of one set are not kept apart
-    fcntl = None
 
 PATIENCE = timedelta(days=7)  # how long a process that has drawn its share waits for the others
 
@@ -89,36 +85,49 @@ class ImageSet:
         return self.packed and self.out.exists()
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Lock the folder, and write the manifest. ValueError where others draw there, or other images are there."""
+    def claimed(self, first: bool) -> Iterator[None]:
+        """Share the lock of the folder.
+
+        first: of the processes that share the work; it has the lock alone while it writes the manifest. What is left of
+        a run that was killed holds the lock, too. ValueError where others draw there, or other images are there.
+        """
         if self.complete:
             self.check(self.out, packed_manifest(self.out))
             shutil.rmtree(self.folder, ignore_errors=True)  # left by a process that was killed at the very end
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):
-            manifest = self.folder / "manifest.json"
-            drawn = next(self.folder.glob("*.npy" if self.packed else "*.png"), None)
-            if manifest.exists():
-                theirs = self.read(manifest)
-                if drawn:
-                    self.check(self.folder, theirs)
-            elif drawn:
-                raise ValueError(f"{drawn} exists, and nothing tells how it was made; choose another --out")
-            with replacing(manifest) as temporary:
-                temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
+        refusal = f"{self.folder} is being drawn into by another process; torchrun shares the work"
+        with locked(self.folder, refusal, shared=not first) as take:
+            if first:
+                self.declare()
+                take(shared=True)
+            made_with = self.read(self.folder / "manifest.json")
+            self.check(self.folder, made_with)
             yield
+
+    def declare(self) -> None:
+        """Write the manifest, unless there is one, and pictures; ValueError where it or they are somebody else's."""
+        manifest = self.folder / "manifest.json"
+        found = next(self.folder.glob("*.npy" if self.packed else "*.png"), None)
+        if manifest.exists():
+            self.read(manifest)
+        elif found:
+            raise ValueError(f"{found} exists, and nothing tells how it was made; choose another --out")
+        if not found:
+            with replacing(manifest) as temporary:
+                made_with = self.manifest
+                temporary.write_text(json.dumps(made_with, indent=1) + "\n")
 
     def read(self, manifest: Path) -> dict[str, Any]:
         """The content of a manifest. ValueError for any other file of that name: it belongs to somebody."""
         try:
             theirs = json.loads(manifest.read_text())
-        except ValueError:
-            theirs = None
-        if not isinstance(theirs, dict) or theirs.keys() != self.manifest.keys():
-            raise ValueError(f"{manifest} tells of something else than pictures drawn here; choose another --out")
-        return theirs
+            if theirs.keys() == self.manifest.keys():
+                return theirs
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        raise ValueError(f"{manifest} tells of something else than pictures drawn here; choose another --out")
 
     def check(self, where: Path, theirs: dict[str, Any]) -> None:
         """ValueError where their manifest, found at `where`, is not ours; it names the first setting that differs."""
@@ -134,6 +143,7 @@ class ImageSet:
 
         The images are arr_0 [N, H, W, C], which the evaluator of ADM (Dhariwal & Nichol 2021) reads.
         """
+        made_with = (self.folder / "manifest.json").read_text()
         first = np.load(self.files(self.shards[0])[0], mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(self.seeds), *first.shape[1:])}
         with replacing(self.out) as temporary:
@@ -142,25 +152,8 @@ class ImageSet:
                     np.lib.format.write_array_header_1_0(file, header)
                     for shard in self.shards:
                         file.write(np.load(self.files(shard)[0]).tobytes())
-                archive.writestr(zipfile.ZipInfo("manifest.json"), json.dumps(self.manifest, indent=1) + "\n")
+                archive.writestr(zipfile.ZipInfo("manifest.json"), made_with)
         shutil.rmtree(self.folder)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """ValueError where another process has the lock. The lock ends with its process, however that one ends."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being drawn into by another process; torchrun shares the work") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def flat(manifest: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -186,15 +179,20 @@ def fill(images: ImageSet, draw: Callable[[range], np.ndarray]) -> int:
     draw: seeds -> uint8 [B, H, W, C]. Raises ValueError as `claimed` does.
     """
     rank, world = rank_and_world()
-    with images.claimed() if rank == 0 else nullcontext():
-        meet()
-        complete, share = images.complete, images.shards[rank::world]
+    if rank > 0:
+        meet()  # when the first has written the manifest
+    with images.claimed(first=rank == 0):
+        if rank == 0:
+            meet()
+        complete, share, launcher = images.complete, images.shards[rank::world], os.getppid()
         missing = [shard for shard in share if not complete and not all(path.exists() for path in images.files(shard))]
         total, left = sum(map(len, share)), sum(map(len, missing))
         with tqdm(total=total, initial=total - left, unit="image", disable=None if rank == 0 else True) as bar:
             for shard in missing:
                 images.write(shard, draw(shard))
                 bar.update(len(shard))
+                if world > 1 and os.getppid() != launcher:  # the other processes may have gone, too
+                    raise ConnectionError("torchrun is no more; begin again")
         meet()
         if rank == 0 and images.packed and not complete:
             images.finish()

@@ -1,5 +1,6 @@
 """Many pictures: killed, resumed and shared among processes, the set of images is the same, byte for byte."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, random_unet
 
+from minicache import shards
 from minicache.checkpoints import save
 from minicache.shards import ImageSet, fill
 from sample import main, parse
@@ -121,6 +123,61 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path, name):
     assert fill(images, images_of) == 0
 
 
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is the second of two; nobody is met."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(shards, "meet", lambda: None)
+    return monkeypatch
+
+
+def begin(out: Path, **manifest) -> ImageSet:
+    """A set whose first run was killed before the first picture."""
+
+    def killed(seeds):
+        raise Interrupted
+
+    images = ImageSet(out, range(4), 2, manifest)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setenv("RANK", "0")
+        fill(images, killed)
+    return images
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_what_is_left_of_a_killed_run_keeps_others_out(tmp_path, second_of_two, name):
+    """The first process is killed, the second one lives on: nobody may begin anew while it draws."""
+    images = begin(tmp_path / name, eta=0.5)
+
+    def draw(seeds):
+        with pytest.raises(ValueError, match="is being drawn into by another process"):
+            begin(tmp_path / name, eta=0.0)
+        return images_of(seeds)
+
+    assert fill(images, draw) == 2
+    assert json.loads((images.folder / "manifest.json").read_text())["eta"] == 0.5
+
+
+def test_what_is_left_of_a_killed_run_does_not_draw_into_another(tmp_path, second_of_two):
+    images = begin(tmp_path / "folder", eta=0.5)
+    begin(tmp_path / "folder", eta=0.0)
+    with pytest.raises(ValueError, match=r"was made with eta 0.0, not 0.5"):
+        fill(images, images_of)
+    assert [path.name for path in images.folder.iterdir()] == ["manifest.json"]
+
+
+def test_what_is_left_of_a_killed_run_ends_after_a_shard(tmp_path, second_of_two):
+    images = ImageSet(tmp_path / "folder", range(40), 2, {})
+    begin(images.out)
+    parents = iter([7, 7, 1])
+    second_of_two.setattr(os, "getppid", lambda: next(parents))
+    with pytest.raises(ConnectionError, match="torchrun is no more; begin again"):
+        fill(images, images_of)
+    assert len(list(images.folder.glob("*.png"))) == 4
+
+
 def test_killed_between_the_npz_and_the_end(tmp_path):
     images = ImageSet(tmp_path / "x.npz", range(4), 2, {"eta": 0.5})
     fill(images, images_of)
@@ -134,16 +191,18 @@ def test_files_of_unknown_origin_are_left_alone(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "000001.png").write_text("mine")
     np.savez(tmp_path / "x.npz", np.zeros(3))
-    for name in ("folder", "x.npz"):
+    (tmp_path / "text.npz").write_text("mine")
+    for name in ("folder", "x.npz", "text.npz"):
         before = contents(tmp_path / name)
         with pytest.raises(ValueError, match="exists, and nothing tells how it was made"):
             fill(ImageSet(tmp_path / name, range(3), 2, {}), images_of)
         assert contents(tmp_path / name) == before
 
 
-def launch(net: Path, out: Path, *launcher: str, **kwargs) -> subprocess.Popen:
+def launch(net: Path, out: Path, *launcher: str, threads: int = 1, **kwargs) -> subprocess.Popen:
     command = [sys.executable, *launcher, "sample.py", "--ckpt", str(net), *FLAGS, "--out", str(out)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **kwargs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **kwargs)
 
 
 def test_two_processes_draw_the_same_bytes_as_one(net, tmp_path):
