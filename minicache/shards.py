@@ -4,7 +4,7 @@ A shard is one batch of consecutive seeds, so its bytes do not depend on the pro
 disk whole or not at all, and a shard that is there is not drawn again. A manifest says how the
 images are made: a run with other settings is refused, and so is a second run while one is at work. Under torchrun each
 process draws its share of the shards, and they meet only at the beginning and at the end. If one dies, begin again,
-with as many as you like.
+with as many as you like: each computes with the threads of the first run, since the last bits depend on their number.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -86,7 +87,7 @@ class ImageSet:
 
     @contextmanager
     def claimed(self, first: bool) -> Iterator[None]:
-        """Share the lock of the folder.
+        """Share the lock of the folder, and compute with as many threads as the manifest says, as bits depend on that.
 
         first: of the processes that share the work; it has the lock alone while it writes the manifest. What is left of
         a run that was killed holds the lock, too. ValueError where others draw there, or other images are there.
@@ -104,7 +105,12 @@ class ImageSet:
                 take(shared=True)
             made_with = self.read(self.folder / "manifest.json")
             self.check(self.folder, made_with)
-            yield
+            before = torch.get_num_threads()
+            torch.set_num_threads(int(made_with.get("threads", before)))
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
 
     def declare(self) -> None:
         """Write the manifest, unless there is one, and pictures; ValueError where it or they are somebody else's."""
@@ -116,14 +122,14 @@ class ImageSet:
             raise ValueError(f"{found} exists, and nothing tells how it was made; choose another --out")
         if not found:
             with replacing(manifest) as temporary:
-                made_with = self.manifest
+                made_with = {**self.manifest, "threads": torch.get_num_threads()}
                 temporary.write_text(json.dumps(made_with, indent=1) + "\n")
 
     def read(self, manifest: Path) -> dict[str, Any]:
         """The content of a manifest. ValueError for any other file of that name: it belongs to somebody."""
         try:
             theirs = json.loads(manifest.read_text())
-            if theirs.keys() == self.manifest.keys():
+            if theirs.keys() - {"threads"} == self.manifest.keys() and theirs.get("threads", 1) in range(1, 1025):
                 return theirs
         except (ValueError, AttributeError, RecursionError):
             pass
@@ -132,6 +138,7 @@ class ImageSet:
     def check(self, where: Path, theirs: dict[str, Any]) -> None:
         """ValueError where their manifest, found at `where`, is not ours; it names the first setting that differs."""
         ours, theirs = flat(json.loads(json.dumps(self.manifest))), flat(theirs)  # as JSON gives it back
+        theirs.pop("threads", None)  # is taken over, not compared
         for name in {**ours, **theirs}:
             was, now = theirs.get(name), ours.get(name)
             if was != now:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, random_unet
 
 from minicache import shards
@@ -178,6 +179,37 @@ def test_what_is_left_of_a_killed_run_ends_after_a_shard(tmp_path, second_of_two
     assert len(list(images.folder.glob("*.png"))) == 4
 
 
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_threads_are_those_of_the_first_run(tmp_path, name):
+    """Sums are split among threads: another number of them changes the last bits."""
+    images, seen, before = ImageSet(tmp_path / name, range(6), 2, {"eta": 0.5}), [], torch.get_num_threads()
+
+    def draw(seeds):
+        seen.append(torch.get_num_threads())
+        if len(seen) == 2:
+            raise Interrupted
+        return images_of(seeds)
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(Interrupted):
+            fill(images, draw)
+        torch.set_num_threads(1)
+        assert fill(images, draw) == 4
+        assert seen == [2, 2, 2, 2] and torch.get_num_threads() == 1
+        assert fill(images, draw) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [0, -1, "two", 10**9, None])
+def test_a_number_of_threads_that_nobody_wrote_is_refused(tmp_path, threads):
+    images = begin(tmp_path / "folder", eta=0.5)
+    (images.folder / "manifest.json").write_text(json.dumps({"eta": 0.5, "threads": threads}))
+    with pytest.raises(ValueError, match="tells of something else"):
+        fill(images, images_of)
+
+
 def test_killed_between_the_npz_and_the_end(tmp_path):
     images = ImageSet(tmp_path / "x.npz", range(4), 2, {"eta": 0.5})
     fill(images, images_of)
@@ -205,7 +237,7 @@ def launch(net: Path, out: Path, *launcher: str, threads: int = 1, **kwargs) -> 
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **kwargs)
 
 
-def test_two_processes_draw_the_same_bytes_as_one(net, tmp_path):
+def test_two_processes_draw_the_same_bytes_as_one_which_goes_on_with_them(net, tmp_path):
     for out in ("one", "two"):
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"] * (out == "two")
         done = launch(net, tmp_path / out, *torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -213,6 +245,10 @@ def test_two_processes_draw_the_same_bytes_as_one(net, tmp_path):
         assert done.returncode == 0, errors
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert "6 images drawn by the first of 2 processes" in output and output.count("11 images (seeds 0..10)") == 1
+    for path in sorted((tmp_path / "two").glob("*.png"))[4:]:
+        path.unlink()
+    assert launch(net, tmp_path / "two", threads=2, stdout=subprocess.DEVNULL).wait(120) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_killed_and_begun_again(net, tmp_path):
