@@ -1,7 +1,7 @@
 """Many pictures, drawn in shards: a run may be interrupted, killed, begun again, and shared among processes.
 
 A shard is one batch of consecutive seeds, so its bytes do not depend on the process that draws it, or on when. It is on
-disk whole or not at all, and a shard that is there is not drawn again. A manifest says how the
+disk whole or not at all, and a shard that is there is not drawn again, unless it is broken. A manifest says how the
 images are made: a run with other settings is refused, and so is a second run while one is at work. Under torchrun each
 process draws its share of the shards, and they meet only at the beginning and at the end. If one dies, begin again,
 with as many as you like: each computes with the threads of the first run, since the last bits depend on their number.
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from minicache.files import locked, replacing
 from minicache.images import save_png
 
+END_OF_PNG = b"IEND\xae\x42\x60\x82"
 PATIENCE = timedelta(days=7)  # how long a process that has drawn its share waits for the others
 
 
@@ -84,6 +85,15 @@ class ImageSet:
     def complete(self) -> bool:
         """Whether the .npz is there. A folder is never known to be complete."""
         return self.packed and self.out.exists()
+
+    def drawn(self, shard: range) -> bool:
+        """Whether its files are there and whole; what is not will be drawn again."""
+        if not self.packed:
+            return all(map(whole_png, self.files(shard)))
+        try:
+            return np.lib.format.open_memmap(self.files(shard)[0], "r").shape[:1] == (len(shard),)
+        except (OSError, ValueError, EOFError):
+            return False
 
     @contextmanager
     def claimed(self, first: bool) -> Iterator[None]:
@@ -146,7 +156,7 @@ class ImageSet:
                 raise ValueError(f"{where} was made with {with_what}; choose another --out")
 
     def finish(self) -> None:
-        """Make one .npz of all shards, read one at a time.
+        """Make one .npz of all shards, read one at a time, and remove them once it has been read back.
 
         The images are arr_0 [N, H, W, C], which the evaluator of ADM (Dhariwal & Nichol 2021) reads.
         """
@@ -158,9 +168,25 @@ class ImageSet:
                 with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array_header_1_0(file, header)
                     for shard in self.shards:
-                        file.write(np.load(self.files(shard)[0]).tobytes())
+                        images = np.load(self.files(shard)[0])
+                        if (images.dtype, images.shape) != (first.dtype, (len(shard), *first.shape[1:])):
+                            raise ValueError(f"{self.files(shard)[0]} holds other images than {first.filename}")
+                        file.write(images.tobytes())
                 archive.writestr(zipfile.ZipInfo("manifest.json"), made_with)
+            with zipfile.ZipFile(temporary) as archive:
+                if broken := archive.testzip():
+                    raise OSError(f"{self.out} cannot be written: {broken} reads back as something else")
         shutil.rmtree(self.folder)
+
+
+def whole_png(path: Path) -> bool:
+    """Whether the file is there, and ends as a PNG does."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(END_OF_PNG), os.SEEK_END)
+            return file.read() == END_OF_PNG
+    except OSError:
+        return False
 
 
 def flat(manifest: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -175,8 +201,8 @@ def packed_manifest(path: Path) -> dict[str, Any]:
     """The manifest in an .npz; ValueError for an .npz without one, and for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read("manifest.json"))
-    except (zipfile.BadZipFile, KeyError, ValueError):
+            return {**json.loads(archive.read("manifest.json"))}
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, RuntimeError):
         raise ValueError(f"{path} exists, and nothing tells how it was made; choose another --out") from None
 
 
@@ -192,7 +218,7 @@ def fill(images: ImageSet, draw: Callable[[range], np.ndarray]) -> int:
         if rank == 0:
             meet()
         complete, share, launcher = images.complete, images.shards[rank::world], os.getppid()
-        missing = [shard for shard in share if not complete and not all(path.exists() for path in images.files(shard))]
+        missing = [shard for shard in share if not complete and not images.drawn(shard)]
         total, left = sum(map(len, share)), sum(map(len, missing))
         with tqdm(total=total, initial=total - left, unit="image", disable=None if rank == 0 else True) as bar:
             for shard in missing:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +104,7 @@ def test_other_settings_are_named(tmp_path):
             fill(ImageSet(tmp_path / "x", range(1), 4, {"plan": plan | other}), images_of)
 
 
-@pytest.mark.parametrize("text", ["[1]", "not JSON", '{"name": "an app"}'])
+@pytest.mark.parametrize("text", ["[1]", "not JSON", '{"name": "an app"}', "[" * 100_000])
 def test_a_manifest_of_something_else_is_left_alone(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest.json tells of something else than pictures drawn here"):
@@ -210,6 +212,58 @@ def test_a_number_of_threads_that_nobody_wrote_is_refused(tmp_path, threads):
         fill(images, images_of)
 
 
+def interrupted_set(out: Path) -> ImageSet:
+    """Two shards of three are there."""
+    images = ImageSet(out, range(11), 4, {"eta": 0.5})
+
+    def broken(seeds):
+        if seeds[0] == 8:
+            raise Interrupted
+        return images_of(seeds)
+
+    with pytest.raises(Interrupted):
+        fill(images, broken)
+    return images
+
+
+@pytest.mark.parametrize("size", [0, 20, -1])
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_a_file_that_is_cut_off_is_drawn_again(tmp_path, name, size):
+    images = interrupted_set(tmp_path / name)
+    file = images.files(range(4, 8))[0]
+    file.write_bytes(file.read_bytes()[:size])
+    assert fill(images, images_of) == 4 + 3
+    fill(ImageSet(tmp_path / "whole" / name, range(11), 4, {"eta": 0.5}), images_of)
+    assert contents(tmp_path / "whole" / name) == contents(tmp_path / name)
+
+
+def test_a_shard_of_too_few_images_is_drawn_again(tmp_path):
+    images = interrupted_set(tmp_path / "x.npz")
+    np.save(images.files(range(4, 8))[0], images_of(range(4, 6)))
+    assert fill(images, images_of) == 4 + 3
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], images_of(range(11)))
+
+
+@pytest.mark.parametrize("other", [np.zeros((4, 4, 5, 3), np.uint8), np.zeros((4, 4, 4, 3), np.float32)])
+def test_a_shard_of_other_images_is_named_and_all_are_kept(tmp_path, other):
+    images = interrupted_set(tmp_path / "x.npz")
+    np.save(images.files(range(4, 8))[0], other)
+    with pytest.raises(ValueError, match=r"000000004\.npy holds other images than .*000000000\.npy"):
+        fill(images, images_of)
+    assert len(list(images.folder.glob("*.npy"))) == 3 and not images.out.exists()
+
+
+def test_shards_are_removed_only_when_the_npz_reads_back(tmp_path, monkeypatch):
+    images = interrupted_set(tmp_path / "x.npz")
+    sums = count()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"arr_0\.npy reads back as something else"):
+        patch.setattr(zipfile, "crc32", lambda *_: next(sums))  # what is read has another than what was written
+        fill(images, images_of)
+    assert len(list(images.folder.glob("*.npy"))) == 3 and not images.out.exists()
+    assert fill(images, images_of) == 0 and images.out.exists()
+
+
 def test_killed_between_the_npz_and_the_end(tmp_path):
     images = ImageSet(tmp_path / "x.npz", range(4), 2, {"eta": 0.5})
     fill(images, images_of)
@@ -224,7 +278,10 @@ def test_files_of_unknown_origin_are_left_alone(tmp_path):
     (tmp_path / "folder" / "000001.png").write_text("mine")
     np.savez(tmp_path / "x.npz", np.zeros(3))
     (tmp_path / "text.npz").write_text("mine")
-    for name in ("folder", "x.npz", "text.npz"):
+    for name, text in (("list", "[1]"), ("number", "1"), ("broken", "{")):
+        with zipfile.ZipFile(tmp_path / f"{name}.npz", "w") as archive:
+            archive.writestr("manifest.json", text)
+    for name in ("folder", "x.npz", "text.npz", "list.npz", "number.npz", "broken.npz"):
         before = contents(tmp_path / name)
         with pytest.raises(ValueError, match="exists, and nothing tells how it was made"):
             fill(ImageSet(tmp_path / name, range(3), 2, {}), images_of)
