@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,8 +43,17 @@ def meet() -> None:
     """Wait for all processes. They exchange nothing else, so gloo is enough on every device."""
     if rank_and_world()[1] > 1:
         if not dist.is_initialized():
+            if dist.is_torchelastic_launched():
+                threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
             dist.init_process_group("gloo", timeout=PATIENCE)
         dist.barrier()
+
+
+def end_with(launcher: int) -> None:
+    """End this process when torchrun has been killed: the others may have gone, too, and would be waited for."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(2)  # from whatever it is doing, as a kill would
 
 
 @dataclass(frozen=True)
@@ -217,15 +228,13 @@ def fill(images: ImageSet, draw: Callable[[range], np.ndarray]) -> int:
     with images.claimed(first=rank == 0):
         if rank == 0:
             meet()
-        complete, share, launcher = images.complete, images.shards[rank::world], os.getppid()
+        complete, share = images.complete, images.shards[rank::world]
         missing = [shard for shard in share if not complete and not images.drawn(shard)]
         total, left = sum(map(len, share)), sum(map(len, missing))
         with tqdm(total=total, initial=total - left, unit="image", disable=None if rank == 0 else True) as bar:
             for shard in missing:
                 images.write(shard, draw(shard))
                 bar.update(len(shard))
-                if world > 1 and os.getppid() != launcher:  # the other processes may have gone, too
-                    raise ConnectionError("torchrun is no more; begin again")
         meet()
         if rank == 0 and images.packed and not complete:
             images.finish()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -132,7 +133,6 @@ def second_of_two(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(shards, "meet", lambda: None)
-    return monkeypatch
 
 
 def begin(out: Path, **manifest) -> ImageSet:
@@ -171,14 +171,19 @@ def test_what_is_left_of_a_killed_run_does_not_draw_into_another(tmp_path, secon
     assert [path.name for path in images.folder.iterdir()] == ["manifest.json"]
 
 
-def test_what_is_left_of_a_killed_run_ends_after_a_shard(tmp_path, second_of_two):
-    images = ImageSet(tmp_path / "folder", range(40), 2, {})
-    begin(images.out)
-    parents = iter([7, 7, 1])
-    second_of_two.setattr(os, "getppid", lambda: next(parents))
-    with pytest.raises(ConnectionError, match="torchrun is no more; begin again"):
-        fill(images, images_of)
-    assert len(list(images.folder.glob("*.png"))) == 4
+@pytest.mark.skipif(sys.platform == "win32", reason="no parents there")
+def test_a_process_ends_with_its_launcher():
+    """Whatever it waits for: the pipe is closed when the process has ended."""
+    code = "import os, time, threading; from minicache.shards import end_with; print(os.getppid(), flush=True);"
+    code += "threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start(); time.sleep(600)"
+    launcher = subprocess.Popen(
+        ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, code], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert int(launcher.stdout.readline()) == launcher.pid
+    launcher.kill()
+    assert launcher.wait() == -signal.SIGKILL
+    assert select.select([launcher.stdout], [], [], 60)[0] and launcher.stdout.read() == b""
+    launcher.stdout.close()
 
 
 @pytest.mark.parametrize("name", ["x.npz", "folder"])
