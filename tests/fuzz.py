@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -181,7 +180,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
 
 def attempt(name: str, seed: int, valid: Path, verbose: bool = False) -> str:
     """One damaged file, read: "read", "refused", or what went wrong."""
-    start, write, read_it = READERS[name]
+    start, _, read_it = READERS[name]
     place = valid.with_name("copy")
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(valid, place)

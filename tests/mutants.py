@@ -33,8 +33,8 @@ MUTANTS = {
         ("torch.cat([h, skip], dim=1)", "torch.cat([skip, h], dim=1)", "golden"),
         ("return 1e-5 if self.adm else 1e-6", "return 1e-6", "golden"),
         ("padding_idx=config.null_token", "padding_idx=None", "unet"),
-        ("torch.full((B, 1), self.config.null_token", "torch.full((B, 1), 0", "doors"),
-        ("self.pooled(context.sum(1))", "self.pooled(context.mean(1))", "unet doors"),
+        ("torch.full((B, 1), self.config.null_token", "torch.full((B, 1), 0", "unet"),
+        ("self.pooled(context.sum(1))", "self.pooled(context.mean(1))", "unet"),
         ("level = (branch - 1) // (", "level = branch // (", "laws"),
     ],
     "diffusion": [
@@ -86,7 +86,7 @@ MUTANTS = {
     ],
     "recipe": [
         ("if self.fingerprint not in (None, fingerprint)", "if False", "plan"),
-        ("and recipe.start == start", "", "calibrate"),
+        (" and recipe.start == start", "", "plan"),
         ("costs[min((c for c in costs if c <= 1.25 * budget)", "costs[min((c for c in costs)", "sample"),
     ],
     "checkpoints": [

@@ -5,34 +5,37 @@ goes to JSON comes back. hypothesis draws the values, the same ones in every run
 import csv
 import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import pytest
 import torch
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from PIL import Image  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from minicache import CachePlan, Diffusion, Recipe, nonuniform, sample, uniform  # noqa: E402
-from minicache.captions import captioned  # noqa: E402
-from minicache.diffusion import SPACINGS, VARIANCES  # noqa: E402
-from minicache.plan import FORECASTS  # noqa: E402
-from minicache.samplers import SAMPLERS, passes  # noqa: E402
-from minicache.solver import Solver  # noqa: E402
-from minicache.words import Vocabulary, words_in  # noqa: E402
+from minicache import CachePlan, Diffusion, Recipe, nonuniform, sample, uniform
+from minicache.captions import captioned
+from minicache.diffusion import BETA_SCHEDULES, SPACINGS, VARIANCES
+from minicache.plan import FORECASTS
+from minicache.samplers import SAMPLERS
+from minicache.solver import Solver
+from minicache.words import Vocabulary, words_in
 
 quick = settings(derandomize=True, deadline=None, max_examples=40, database=None)
 
 # Anything that JSON can say, numbers out of all bounds among it.
 numbers = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 2.5, 1e308, 10**9, 10**400, math.nan, math.inf])
+few_numbers = st.lists(numbers, max_size=4)
+few_floats = st.lists(st.floats(), max_size=4)
 plain = st.none() | st.booleans() | numbers | st.text(max_size=5)
 junk = plain | st.lists(plain, max_size=4) | st.lists(st.lists(plain, max_size=3), max_size=3) | st.dictionaries(
     st.sampled_from(["steps", "t", "x"]), plain, max_size=2
 )  # fmt: skip
 
 spacings = st.sampled_from(SPACINGS) | st.floats(0.5, 100).map(lambda rho: f"rho{rho:.2f}")
+schedules = st.sampled_from(BETA_SCHEDULES)
 steps = st.integers(1, 60)
 
 
@@ -63,7 +66,8 @@ def recipes(draw):
         "error": draw(st.none() | st.floats(0, 10)),
     }
     if draw(st.booleans()):
-        t = draw(st.lists(st.floats(1, 999), min_size=plan.steps, max_size=plan.steps, unique=True))
+        hundredths = st.integers(100, 99900).map(lambda t: t / 100)
+        t = draw(st.lists(hundredths, min_size=plan.steps, max_size=plan.steps, unique=True))
         rows = draw(st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=4), min_size=plan.steps))
         solver = Solver(sorted(t, reverse=True), [row[: j + 1] for j, row in enumerate(rows[: plan.steps])])
         return Recipe(plan, solver, **common)
@@ -81,7 +85,7 @@ class Perfect(torch.nn.Module):
 
     def __init__(self, diffusion: Diffusion):
         super().__init__()
-        self.diffusion, self.eval_ = diffusion, self.eval()
+        self.diffusion = diffusion
         self.image = torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(1, 3, 2, 2))
 
     def forward_full(self, x, t, branch, context=None):
@@ -122,12 +126,13 @@ def test_nonuniform_plans(S, interval, center, power, official):
 
 
 @quick
-@given(junk, junk, junk, junk)
-def test_plans_of_anything(S, branch, refresh, alpha):
+@given(numbers, numbers, few_numbers, few_floats, st.text(max_size=5))
+def test_plans_of_any_numbers(S, branch, refresh, alpha, forecast):
     or_one_sentence(CachePlan, S, branch, refresh, alpha)
-    or_one_sentence(CachePlan, 3, branch, refresh, alpha)
+    or_one_sentence(CachePlan, 3, 1, refresh, alpha)
     or_one_sentence(CachePlan, 3, 1, (0, 1), alpha)
-    or_one_sentence(uniform, S, branch, refresh, alpha)
+    or_one_sentence(uniform, S, branch, 1, forecast)
+    or_one_sentence(uniform, 10, branch, S)
 
 
 @quick
@@ -138,10 +143,10 @@ def test_nonuniform_plans_of_any_numbers(S, interval, center, power):
 
 
 @quick
-@given(st.integers(1, 1000), st.floats(1e-6, 0.999), st.floats(0, 1), spacings, st.floats(0, 1), st.sampled_from(["linear", "scaled_linear"]))
+@given(st.integers(1, 1000), st.floats(1e-9, 1), st.floats(0, 1), spacings, st.floats(0, 1), schedules)
 def test_spacings(T, beta_end, ratio, spacing, share, schedule):
     """So many timesteps, falling, between 0 and T - 1; or a sentence."""
-    diffusion = or_one_sentence(Diffusion, T, max(ratio * beta_end, 1e-9), beta_end, beta_schedule=schedule)
+    diffusion = or_one_sentence(Diffusion, T, ratio * beta_end, beta_end, beta_schedule=schedule)
     S = max(1, round(share * T))
     ts = diffusion and or_one_sentence(diffusion.timesteps, S, spacing)
     if ts:
@@ -150,12 +155,14 @@ def test_spacings(T, beta_end, ratio, spacing, share, schedule):
 
 
 @quick
-@given(junk, junk, junk)
-def test_spacings_of_anything(S, spacing, start):
+@given(st.integers(), st.text(max_size=9) | numbers.map(lambda rho: f"rho{rho}"), st.integers(), numbers, numbers)
+def test_spacings_and_diffusions_of_anything(S, spacing, start, low, high):
     or_one_sentence(Diffusion().timesteps, S, spacing, start)
     or_one_sentence(Diffusion().timesteps, 10, spacing)
-    or_one_sentence(Diffusion().timesteps, 10, "uniform", start)
-    or_one_sentence(Diffusion, S, spacing, start)
+    or_one_sentence(Diffusion().timesteps, 10, "trailing", start)
+    or_one_sentence(Diffusion, S, low, high)
+    or_one_sentence(Diffusion, 1000, low, high)
+    or_one_sentence(Diffusion, 1000, 1e-4, high)
 
 
 @quick
@@ -169,8 +176,8 @@ def test_recipes(tmp_path_factory, recipe):
     drawn = recipe.settings(recipe.fingerprint) | {"guidance": 1.0}
     network = Perfect(Diffusion())
     images = or_one_sentence(sample, network, [0], **drawn)
-    if images is not None and isinstance(recipe.sampler, str) and recipe.spacing != "offset":
-        assert torch.allclose(images, network.image, atol=0.02), (images - network.image).abs().max()
+    if images is not None and isinstance(recipe.sampler, str) and recipe.spacing != "offset":  # which leaves some noise
+        assert torch.allclose(images, network.image, atol=0.02)
 
 
 @quick
@@ -203,7 +210,7 @@ def test_vocabularies(texts, prompts, length):
 
 
 @quick
-@given(junk, junk, junk, junk)
+@given(st.lists(st.text(max_size=5), max_size=3), numbers, numbers, st.lists(st.text(max_size=9), max_size=3))
 def test_vocabularies_of_anything(words, length, guidance, examples):
     or_one_sentence(Vocabulary, words, length, guidance, examples)
     or_one_sentence(Vocabulary, ["red"], 3, guidance, examples)
