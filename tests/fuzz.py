@@ -41,7 +41,7 @@ from minicache.shards import ImageSet, fill
 from minicache.solver import Solver
 from minicache.words import Vocabulary
 
-SECONDS, MEMORY = 5, 1 << 30
+MEMORY = 1 << 30
 TINY = UNetConfig(4, 8, (1, 2), num_res_blocks=1, attention_resolutions=(2,), groups=4)
 KNOWN = {"image_size": 4, "groups": 4, "diffusion": Diffusion()}  # what a bare file of TINY does not tell
 NASTY = ["null", "true", "-1", "0", "2.5", "1e308", "-1e999", "NaN", "9" * 400, "1000000000", '""', '"x"', "[]", "{}",
@@ -214,7 +214,7 @@ def work(pipe, name: str, valid: Path) -> None:
         pipe.send(attempt(name, pipe.recv(), valid))
 
 
-def fuzz(name: str, seeds: range, valid: Path) -> dict[int, str]:
+def fuzz(name: str, seeds: range, valid: Path, seconds: float) -> dict[int, str]:
     outcomes, process = {}, None
     for seed in seeds:
         if process is None:
@@ -224,7 +224,7 @@ def fuzz(name: str, seeds: range, valid: Path) -> dict[int, str]:
             theirs.close()
         ours.send(seed)
         try:
-            outcomes[seed] = ours.recv() if ours.poll(SECONDS) else f"more than {SECONDS} seconds"
+            outcomes[seed] = ours.recv() if ours.poll(seconds) else f"more than {seconds:g} seconds"
         except EOFError:
             process.join()
             outcomes[seed] = f"the process died: {process.exitcode}"
@@ -240,6 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num", type=int, default=2000, help="damaged files of each kind")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seconds", type=float, default=5, help="for each file; more on a busy machine")
     parser.add_argument("--only", nargs="+", choices=READERS, default=list(READERS), help="kinds of files")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -256,7 +257,7 @@ def main() -> int:
                 raise SystemExit(f"{name}: the sound file is not read: {sound}")
             if args.num == 1:
                 attempt(name, args.first, valid, verbose=True)
-            outcomes = fuzz(name, range(args.first, args.first + args.num), valid)
+            outcomes = fuzz(name, range(args.first, args.first + args.num), valid, args.seconds)
         counts = Counter(outcome if outcome in ("read", "refused") else "wrong" for outcome in outcomes.values())
         print(f"{name:14}{counts['read']:7}{counts['refused']:9}{counts['wrong']:7}", flush=True)
         kinds: dict[str, list[int]] = {}
