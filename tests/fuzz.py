@@ -24,6 +24,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def picture(path: Path, kind: str = "PNG") -> Path:
 
 
 def checkpoint(path: Path) -> Path:
-    unet = random_unet(TINY)
+    unet = random_unet(replace(TINY, context_dim=8, num_tokens=3))
     unet.vocabulary = Vocabulary(("blue", "red"), 3, examples=("red",))
     save(path, unet)
     return path
