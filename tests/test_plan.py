@@ -55,7 +55,9 @@ def test_nonuniform_is_densest_about_the_center():
         (lambda: CachePlan(3, 3, (0, 1), (0, 0)), "alpha must be 3"),
         (lambda: CachePlan(3, 3, (0, 1), (0, 1, 0)), r"alpha\[1\]"),
         (lambda: CachePlan(4, 3, (0, 2), (0, 0.5, 0, 1)), r"alpha\[1\]"),
-        (lambda: CachePlan(4, 3, (0, 2), (0, 0, 0, float("inf"))), "finite"),
+        (lambda: CachePlan(4, 3, (0, 2), (0, 0, 0, float("inf"))), r"in -1000\.\.1000"),
+        (lambda: CachePlan(4, 3, (0, 2), (0, 0, 0, float("nan"))), r"in -1000\.\.1000"),
+        (lambda: CachePlan(4, 3, (0, 2), (0, 0, 0, 1e308)), r"in -1000\.\.1000"),
     ],
 )
 def test_wrong_plans_are_refused(make, words):
@@ -101,6 +103,13 @@ def test_recipe_round_trip(tmp_path):
         '{"plan": {"steps": 10}}',
         '{"plan": {"steps": 4, "branch": 3, "refresh": [1]}}',
         '{"plan": {"steps": 4, "branch": 3, "refresh": [0]}, "extra": 1}',
+        '{"plan": {"steps": 3, "branch": 3, "refresh": [0, 1], "alpha": [0, 0, 1e308]}}',
+        '{"plan": {"steps": 3, "branch": 3, "refresh": [0, 1], "alpha": [0, 0, 1' + "0" * 400 + "]}}",
+        '{"plan": {"steps": 1, "branch": 3, "refresh": [0]}, "sampler": {"t": [9], "weights": [[1e308]]}}',
+        '{"plan": {"steps": 1, "branch": 3, "refresh": [0]}, "sampler": {"t": [1' + "0" * 400 + '], "weights": [[1]]}}',
+        "[" * 100_000,
+        "[{}]",
+        "5",
     ],
 )
 def test_what_is_not_a_recipe_is_refused(tmp_path, content):

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, noise, random_unet, relative
@@ -18,6 +19,9 @@ from minicache.unet import ResBlock, Transformer
         ({"channel_mult": ()}, "channel_mult"),
         ({"channel_mult": (1, 1.5)}, "channel_mult"),
         ({"num_res_blocks": 0}, "num_res_blocks=0"),
+        ({"num_res_blocks": 33}, "num_res_blocks must be 32 at most"),
+        ({"channel_mult": (1, 257)}, "widths must be 8192 at most"),
+        ({"channel_mult": (1,) * 17}, "levels 16 at most"),
         ({"out_channels": 6}, "out_channels=6"),
         ({"dropout": 1.0}, "dropout=1.0"),
     ],
@@ -30,9 +34,15 @@ def test_wrong_configs(change, words):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda u, x: u(x[0], 1), "x has shape"),
-        (lambda u, x: u(x[:, :2], 1), "x has shape"),
-        (lambda u, x: u(x[..., :15], 1), "x has shape"),
+        (lambda u, x: u(x[0], 1), "need floats"),
+        (lambda u, x: u(x[:, :2], 1), "need floats"),
+        (lambda u, x: u(x[..., :15], 1), "need floats"),
+        (lambda u, x: u(x[0, 0, 0, 0], 1), "need floats"),
+        (lambda u, x: u(x.long(), 1), "need floats"),
+        (lambda u, x: u(x.to(torch.complex64), 1), "need floats"),
+        (lambda u, x: u(x, np.int64(5000)), "t=5000"),
+        (lambda u, x: u(x, np.float32(-0.5)), "t=-0.5"),
+        (lambda u, x: u(x, float("nan")), "t=nan"),
         (lambda u, x: u(x, 1000), "t=1000"),
         (lambda u, x: u(x, -1), "t=-1"),
         (lambda u, x: u(x, torch.tensor([1, 2, 3])), "t has 3 elements"),
