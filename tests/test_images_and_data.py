@@ -110,6 +110,17 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_is_replaced_in_one_instant(tmp_path):
+    """Renamed, not copied: whoever is reading the old file goes on reading it, and no one ever sees half of the new."""
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with open(path) as old:
+        with replacing(path) as temporary:
+            temporary.write_text("the new one")
+            written = temporary.stat().st_ino
+        assert old.read() == "old" and path.stat().st_ino == written
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from minicache import CachePlan, Recipe, nonuniform, uncached, uniform
+from minicache.recipe import recipes_in
 
 
 def test_nonuniform_golden_lists():
@@ -11,6 +12,7 @@ def test_nonuniform_golden_lists():
     assert nonuniform(250, 10, 110, 1.2).refresh[9:14] == (94, 102, 108, 114, 121)
     assert nonuniform(10, 5, 0, 2.0).refresh == (0, 2)  # l = 0, sqrt(10) / 2: 10 / 4 = 2.5
     assert nonuniform(12, 4, 6, 1.0).refresh == (0, 4, 8)
+    assert nonuniform(50, 10, 50, 2.0).refresh == (0, 18, 32, 42, 48)  # 50 - 2 (5 - i)**2, whole, but not to rounding
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -68,6 +70,15 @@ def test_plan_is_a_value():
     assert (
         uncached(3).refresh == (0, 1, 2) and not uncached(3).forecasts and uniform(10, 3, forecast="linear").forecasts
     )
+
+
+def test_a_folder_of_recipes_is_asked_for_those_that_fit(tmp_path):
+    recipes = [Recipe(uniform(9, 3, 1), "ddim", "trailing", fingerprint=its, start=start)
+               for its in (None, "abc", "def") for start in (None, 500)]  # fmt: skip
+    for k, recipe in enumerate(recipes):
+        recipe.save(tmp_path / f"{k}.json")
+    assert recipes_in(tmp_path, "abc") == [recipes[0], recipes[2]]
+    assert recipes_in(tmp_path, "abc", start=500) == [recipes[1], recipes[3]]
 
 
 def test_recipe_round_trip(tmp_path):

@@ -63,7 +63,7 @@ def test_what_would_change_nothing_is_refused(tmp_path, unet):
         ["--image-size", "16"],
         ["--groups", "32"],
         ["--raw"],
-        ["--beta-end", "0.5"],
+        ["--beta-end", "0.1"],
         ["--variance", "fixed_small"],
     ):
         with pytest.raises(ValueError, match=r"says this itself|has its own|goes with"):
