@@ -133,8 +133,7 @@ def denoise(
     if steps not in (None, s.steps):
         raise ValueError(f"steps={steps} contradicts the plan, which has {s.steps}")
     if s.start is not None and (x_T is None or s.start > unet.diffusion.num_timesteps):
-        most = unet.diffusion.num_timesteps
-        raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1, and to be at most {most}")
+        raise ValueError(f"start={s.start} needs x_T, noised to t = start - 1, below {unet.diffusion.num_timesteps}")
     ts = s.timesteps(unet.diffusion)
     stochastic = s.entry.noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
