@@ -44,25 +44,26 @@ from minicache.recipe import nearest_recipe, recipe_from, recipe_from_file, reci
 from minicache.samplers import SAMPLERS
 from minicache.sampling import STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
-from minicache.tools import Parser, prepare_out, run
+from minicache.tools import Parser, at_least, prepare_out, run
 from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
 
 FLAGS = ("sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power", "forecast")
 ASKED = ("prompt", "prompts", "label", "negative", "guidance", "seed")
 FRAMES = 50  # of an animation, at most
+SHEET = 10_000  # pictures on a sheet, at most
 Finish = Callable[[Tensor], np.ndarray]  # what sampling leaves behind -> uint8 [B, H, W, C]
 
 
 def main(args: argparse.Namespace) -> None:
-    for name, least in (("num", 1), ("batch_size", 1), ("seed", 0)):
-        if not least <= getattr(args, name) < 2**62:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)} must be at least {least}, and below 2**62")
+    at_least(args, num=1, batch_size=1)
+    at_least(args, most=2**62, seed=0)
     seeds, out = range(args.seed, args.seed + args.num), Path(args.out)
     recipe = chosen_recipe(args)
     rank, world = rank_and_world()
     one_picture = out.suffix in (".png", ".gif")
+    if one_picture and args.num > SHEET:
+        raise ValueError(f"--num {args.num}: a {out.suffix} holds {SHEET} pictures at most; an .npz or a folder, more")
     if args.compare and not one_picture:
         raise ValueError(f"--compare is for pictures to look at, .png or .gif, not for --out {out}")
     if world > 1 and one_picture:

@@ -32,10 +32,11 @@ from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import load, read_file, save
 from minicache.data import CaptionedSource, batch, source, wordless
 from minicache.diffusion import Diffusion
+from minicache.files import locked
 from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
 from minicache.placement import choose_placement
 from minicache.sampling import sample
-from minicache.tools import Parser, interruptions, run
+from minicache.tools import Parser, at_least, interruptions, make_folder, run
 from minicache.unet import UNet, UNetConfig
 from minicache.words import Vocabulary
 
@@ -82,12 +83,11 @@ class Settings:
     save_every: int = flag(500, "steps between checkpoints")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "preview_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not (self.lr > 0 and 0 <= self.ema < 1 and 0 <= self.jitter < 1):
-            given = f"{self.lr}, {self.ema} and {self.jitter}"
-            raise ValueError(f"need lr > 0, 0 <= ema < 1 and 0 <= jitter < 1, not {given}")
+        at_least(self, steps=1, batch_size=1, preview_every=1, save_every=1)
+        at_least(self, most=2**32, seed=0)
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.ema < 1 > self.jitter >= 0):
+            given = f"{self.lr}, {self.weight_decay}, {self.ema} and {self.jitter}"
+            raise ValueError(f"need finite lr > 0 and weight_decay >= 0, 0 <= ema < 1 and 0 <= jitter < 1, not {given}")
 
     @property
     def folder(self) -> Path:
@@ -107,12 +107,12 @@ def main(**flags: Any) -> Path:
     training = Training(settings, words and words.vocabulary())
     size = training.unet.config.image_size
     draw = words.source(training.unet.vocabulary, size) if words else wordless(source(settings.data, size))
-    settings.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.folder)
     parameters = sum(p.numel() for p in training.unet.parameters())
     precision = "bf16" if training.low_precision else "float32"
     print(f"{parameters:,} parameters, {precision}, {training.device}, {torch.get_num_threads()} threads", flush=True)
     print(f"steps {training.step}..{settings.steps}, into {settings.folder}", flush=True)
-    with interruptions() as interrupted:
+    with locked(settings.folder, f"{settings.folder}: another run trains there"), interruptions() as interrupted:
         train(training, draw, interrupted)
     return settings.last
 
@@ -204,22 +204,32 @@ class Training:
         content = read_file(last)
         if "training" not in content:
             raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
+        try:
+            self.take_over(content)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(f"{last} cannot be resumed from, as its state is not whole ({what})") from None
+
+    def take_over(self, content: dict[str, Any]) -> None:
+        """What `restore` has read. ValueError as there, and anything at all where the content is not whole."""
+        last, state = self.settings.last, content["training"]
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"{last} cannot be resumed from: its step is {state['step']!r}")
         words = self.unet.vocabulary and self.unet.vocabulary.words
         if words != content.get("vocabulary", {}).get("words"):
             raise ValueError(f"{last} was trained with other words than those of the captions in {self.settings.data}")
         here = {**asdict(self.settings), **asdict(self.unet.config), **asdict(self.unet.diffusion)}
-        there = {**content["config"], **content["diffusion"], **content["training"]["arguments"]}
+        there = {**content["config"], **content["diffusion"], **state["arguments"]}
         for name, value in there.items():
-            if here.get(name) != value:
-                now = here.get(name)
+            if (now := here.get(name)) != value:
                 raise ValueError(f"{last} was trained with {name}={value!r}, not {now!r}: use the same flags")
         self.average.load_state_dict(content["state_dict"])
-        self.unet.load_state_dict(content["training"]["unet"])
-        self.optimizer.load_state_dict(content["training"]["optimizer"])  # by position, and unchecked
-        if any(state["exp_avg"].shape != p.shape for p, state in self.optimizer.state.items()):
+        self.unet.load_state_dict(state["unet"])
+        self.optimizer.load_state_dict(state["optimizer"])  # by position, and unchecked
+        if any(self.optimizer.state[p]["exp_avg"].shape != p.shape for p in self.unet.parameters()):
             raise ValueError(f"{last} was begun by another version: begin anew, with --init {last}")
-        self.usual = content["training"].get("usual", self.usual)
-        self.step = content["training"]["step"]
+        self.usual = [float(state["usual"][k]) for k in range(BINS)] if "usual" in state else self.usual
+        self.step = state["step"]
 
 
 def network(settings: Settings, vocabulary: Vocabulary | None) -> UNet:

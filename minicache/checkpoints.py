@@ -75,7 +75,7 @@ def locate(name_or_path: str | Path) -> Path:
         return embedded_folder() / f"{name}.pt"
     if name in REGISTRY:
         entry = REGISTRY[name]
-        path = fetch(entry.url, entry.path(name), entry.checksum)
+        path = fetch(entry.url, entry.path(name), entry.checksum, entry.megabytes)
         if entry.checksum is None:
             its = f"its sha256 is {digest(path, 'sha256')}"
             warnings.warn(f"{path} is not verified: no hash of {entry.url} is published; {its}", stacklevel=2)

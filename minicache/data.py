@@ -81,7 +81,7 @@ def batch(
 
 def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
     """CIFAR-10 (Krizhevsky 2009): uint8 [N, 32, 32, 3], and classes 0..9 [N]; 50,000 of "train", 10,000 of "test"."""
-    path = fetch(CIFAR10_URL, cache_folder() / "cifar-10-binary.tar.gz", CIFAR10_CHECKSUM)
+    path = fetch(CIFAR10_URL, cache_folder() / "cifar-10-binary.tar.gz", CIFAR10_CHECKSUM, 170)
     names = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
     with tarfile.open(path) as archive:
         batches = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names]

@@ -116,8 +116,10 @@ def test_the_clock_waits_for_the_device(monkeypatch, kind):
 def test_wrong_flags():
     for flags, words in (
         (["--rounds", "1"], "--rounds 1"),
-        (["--batch", "0"], "--batch 0"),
+        (["--batch", "8", "0"], "--batch 0"),
+        (["--batch", "1000000000000000000"], "--batch 1000000000000000000"),
         (["--steps", "1"], "--steps 1"),
+        (["--steps", "5000"], "--steps 5000"),
     ):
         with pytest.raises(ValueError, match=f"{words} must be at least"):
             bench.main(bench.parse(flags))

@@ -52,10 +52,13 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path):
         (eleven, eleven, [], "11 classes.* 10"),
         (cats, ants, [], "cat, dog.* ant, cat"),
         (cats, cats, ["--lr", "1e30"], "smaller --lr"),
+        (cats, cats, ["--epochs", "1000000000000000000000"], "--epochs 1000000000000000000000 must be"),
+        (cats, cats, ["--out", cats], "is a folder; give a file"),
+        (cats, cats, ["--out", f"{cats}/cat/0.png/c.pt"], "cannot be made or written to"),
     ):
         flags = ["--data", data, "--test", test, "--epochs", "3", "--batch-size", "2", "--device", "cpu"]
         with pytest.raises(ValueError, match=words), torch.enable_grad():
-            classifier.main(classifier.parse([*flags, *more, "--out", str(out)]))
+            classifier.main(classifier.parse([*flags, "--out", str(out), *more]))
         assert not out.exists()
 
 

@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from minicache import __main__ as door
 from minicache import tools
-from minicache.tools import Parser, markdown, run
+from minicache.tools import MOST, Parser, at_least, make_folder, markdown, run
 
 
 def said(capsys, error: BaseException, code: int = 2) -> str:
@@ -50,6 +52,8 @@ def test_what_went_wrong_is_one_sentence(capsys):
     for error, sentence in (
         (ValueError("--num 0 is too few\nand more"), "--num 0 is too few"),
         (FileNotFoundError(2, "No such file or directory", "x.pt"), "x.pt: No such file or directory"),
+        (IsADirectoryError(21, "Is a directory", ".x.1.tmp", None, "x"), "x: Is a directory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
         (ConnectionError("no network"), "no network"),
         (ValueError(), "ValueError"),
         (OSError(), "OSError"),
@@ -62,6 +66,7 @@ def test_what_went_wrong_is_one_sentence(capsys):
     "CUDA out of memory. Tried to allocate 2.00 GiB.",
     "MPS backend out of memory (MPS allocated: 1.0 GB)",
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4",
+    "Storage size calculation overflowed with sizes=[1000000000000000000, 3, 32, 32]",
     "[enforce fail at alloc_cpu.cpp:75] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.",
 ])  # fmt: skip
 def test_too_little_memory_is_no_bug(capsys, message):
@@ -96,6 +101,28 @@ def test_debug_shows_tracebacks(monkeypatch):
 
 def test_an_interruption_exits_as_the_shell_expects(capsys):
     assert said(capsys, KeyboardInterrupt(), 130) == ""
+
+
+def test_what_is_counted_has_bounds():
+    import_module("minicache.tools.list")  # where it hides the type
+    at_least(SimpleNamespace(num=None, batch=[1, MOST], seed=0), num=1, batch=1, seed=0)
+    for num, batch, words in (
+        (0, [1], "--num 0 must be at least 1 and at most 100000000"),
+        (10**9, [1], "--num 1000000000 must be"),
+        (1, [1, 0], "--batch 0 must be"),
+        (1, [2**61], "--batch 2305843009213693952 must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            at_least(SimpleNamespace(num=num, batch=batch), num=1, batch=1)
+
+
+def test_a_folder_is_tried_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/nowhere")):
+        with pytest.raises(ValueError, match=f"{folder}: this folder cannot be made or written to"):
+            make_folder(folder)
+    make_folder(tmp_path / "two" / "deep")
+    assert not list((tmp_path / "two" / "deep").iterdir())
 
 
 def test_a_table_has_a_column_for_all_that_any_row_says():

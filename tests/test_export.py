@@ -2,10 +2,12 @@
 
 import json
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import noise, random_unet, relative
+from conftest import ROOT, noise, random_unet, relative
 
 from minicache import Diffusion, UNet, UNetConfig, load, sample, uniform
 from minicache.checkpoints import fingerprint, save
@@ -49,15 +51,29 @@ def test_deepcache_on_onnxruntime(net, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "deep" / "network.json").read_text())["fingerprint"] == fingerprint(load(net))
 
 
+def test_a_full_disk_leaves_no_half_program(net, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    command = f"ulimit -f 200; exec {sys.executable} -m minicache export --ckpt {net} --format pt2 --out {tmp_path}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_wrong_flags(net, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for flags, words in ((["--branch", "9"], "branch=9"), (["--out", str(tmp_path / "file")], "is a file")):
+    for flags, words in ((["--branch", "9"], "branch=9"), (["--out", str(tmp_path / "file")], "File exists")):
         with pytest.raises(ValueError, match=words):
             export.main(export.parse(["--ckpt", str(net), "--format", "pt2", "--out", str(tmp_path / "x"), *flags]))
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)  # as where it is not installed
     with pytest.raises(ValueError, match=r"needs onnx: pip install 'minicache\[onnx\]'"):
         export.main(export.parse(["--ckpt", str(net), "--out", str(tmp_path / "x")]))
     assert not (tmp_path / "x").exists()
+
+
+def test_the_folder_is_tried_before_the_work(net, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export, "programs", lambda *_: pytest.fail("worked"))
+    with pytest.raises(ValueError, match="cannot be made or written to"):
+        export.main(export.parse(["--ckpt", str(net), "--format", "pt2", "--out", str(tmp_path / "file" / "x")]))
 
 
 def test_a_network_with_a_context_is_refused():

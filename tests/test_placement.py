@@ -51,6 +51,9 @@ def test_what_is_asked_for_is_what_one_gets():
     assert (asked.dtype, asked.memory_format, asked.compile, asked.why) == (
         torch.bfloat16, torch.contiguous_format, True, "")  # fmt: skip
     assert choose_placement("cpu", torch.float32, torch.channels_last).memory_format == torch.channels_last
+    for name in ("hpu", "privateuseone"):  # which torch knows by name, and imports a package for
+        with pytest.raises(ValueError, match=f"device {name} cannot be used here: No module named"):
+            choose_device(name)
     for wrong, words in (
         (("float64",), "dtype='float64' is none of auto, float32"),
         (("auto", "nchw"), "memory_format='nchw'"),

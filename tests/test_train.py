@@ -1,8 +1,10 @@
 """Training learns, is reproducible, and goes on after an interruption as if nothing had happened."""
 
 import csv
+import math
 import os
 import signal
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -105,7 +107,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert 0.04 < amplitudes.std() < 0.06 and abs(amplitudes.mean() - 1) < 0.01
 
 
-def test_what_is_refused(tmp_path):
+def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nothing to resume"):
         main(out=str(tmp_path), resume=True, **QUICK)
     main(out=str(tmp_path), **{**QUICK, "steps": 1})
@@ -120,9 +122,55 @@ def test_what_is_refused(tmp_path):
         main(out=str(tmp_path), resume=True, **QUICK)
     with pytest.raises(ValueError, match="no folder or zip of images"):
         main(data="nowhere", out=str(tmp_path / "other"), **QUICK)
-    with pytest.raises(ValueError, match="steps=0"):
+    with pytest.raises(ValueError, match="--steps 0 must be at least 1"):
         main(out=str(tmp_path / "other"), **{**QUICK, "steps": 0})
     assert not (tmp_path / "other").exists()
+    monkeypatch.setattr(train_tiny, "train", lambda *_: pytest.fail("worked"))
+    with pytest.raises(ValueError, match="cannot be made or written to"):
+        main(out=str(tmp_path / "last.pt" / "x"), **QUICK)
+
+
+def test_a_state_that_is_not_whole_is_refused(tmp_path):
+    last = main(out=str(tmp_path), **{**QUICK, "steps": 1})
+    content = torch.load(last, weights_only=True)
+    for name, value in (
+        ("optimizer", None), ("arguments", None), ("unet", None), ("step", None), ("step", "abc"), ("step", -1),
+        ("step", 2.0), ("optimizer", 5), ("optimizer", {**content["training"]["optimizer"], "state": {}}),
+        ("arguments", "abc"), ("unet", {}), ("usual", 7), ("usual", [1.0]),
+    ):  # fmt: skip
+        training = {**content["training"], name: value}
+        if value is None:
+            del training[name]
+        torch.save({**content, "training": training}, last)
+        with pytest.raises(ValueError, match="cannot be resumed from") as error:
+            main(out=str(tmp_path), resume=True, **QUICK)
+        assert "\n" not in str(error.value)
+    for name in ("training", "config", "state_dict", "vocabulary"):
+        torch.save({**content, name: "abc"}, last)
+        with pytest.raises(ValueError, match="cannot be resumed from"):
+            main(out=str(tmp_path), resume=True, **QUICK)
+
+
+@pytest.mark.parametrize("flags", [
+    {"batch_size": 10**18}, {"steps": 10**24}, {"seed": 10**22}, {"seed": -1}, {"save_every": 0}, {"lr": math.nan},
+    {"lr": math.inf}, {"weight_decay": math.nan}, {"weight_decay": -1.0}, {"ema": math.nan}, {"jitter": math.nan},
+], ids=str)  # fmt: skip
+def test_numbers_that_no_run_can_have(flags):
+    with pytest.raises(ValueError, match=r"must be at least|need finite"):
+        Settings(**flags)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+def test_a_second_run_is_refused_while_one_is_at_work(tmp_path, monkeypatch):
+    def meanwhile(*args):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"out: another run trains there"):
+            patch.setattr(train_tiny, "batch", batch)
+            main(out=str(tmp_path / "out"), **{**QUICK, "seed": 1})
+        return batch(*args)
+
+    monkeypatch.setattr(train_tiny, "batch", meanwhile)
+    last = main(out=str(tmp_path / "out"), **{**QUICK, "steps": 1})
+    assert torch.load(last, weights_only=True)["training"]["arguments"]["seed"] == 0
 
 
 def test_flags_are_the_settings(capsys, monkeypatch):

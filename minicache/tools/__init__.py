@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch's words, on every device
+# torch's words, on every device
+TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "size calculation overflowed")
+MOST = 10**8  # of whatever a flag counts: who asks for more has mistyped it
 
 
 class Debug(argparse.Action):
@@ -56,8 +58,9 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
         bug = isinstance(error, RuntimeError) and not any(words in said for words in TOO_LITTLE_MEMORY)
         if bug or os.environ.get("MINICACHE_DEBUG") == "1":
             raise
-        if isinstance(error, OSError) and error.strerror and error.filename:
-            said = f"{error.filename}: {error.strerror}"
+        if isinstance(error, OSError) and error.strerror:
+            where = error.filename2 or error.filename  # of a renaming, the new name: the other one is temporary
+            said = f"{where}: {error.strerror}" if where else error.strerror
         print(f"{name}: {said.splitlines()[0] if said else type(error).__name__}", file=sys.stderr)
         sys.exit(2)
 
@@ -79,11 +82,13 @@ def interruptions() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def at_least(args: argparse.Namespace, **least: int) -> None:
-    """ValueError for a flag that is given and less than this."""
+def at_least(args: Any, most: int = MOST, **least: int) -> None:
+    """ValueError for a flag that is given and less than this, or more than `most`; it may hold a list of numbers."""
     for name, low in least.items():
-        if (value := getattr(args, name)) is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+        given = getattr(args, name)
+        for value in (given,) if isinstance(given, int) else given or ():
+            if not low <= value <= most:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low} and at most {most}")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -112,9 +117,13 @@ def prepare_out(out: Path, endings: tuple[str, ...]) -> None:
         raise ValueError(f"--out {out}: the ending {allowed}")
     if out.exists() and out.is_dir() != is_folder:
         raise ValueError(f"--out {out}: there is a {'file' if is_folder else 'folder'} of that name")
+    make_folder(out if is_folder else out.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and try it, before the work. ValueError where it cannot be made or written to."""
     try:
-        folder = out if is_folder else out.parent
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"--out {out}: its folder cannot be made or written to ({error.strerror})") from None
+        raise ValueError(f"{folder}: this folder cannot be made or written to ({error.strerror})") from None

@@ -42,7 +42,7 @@ from minicache.metrics import psnr
 from minicache.placement import DTYPES, MEMORY_FORMATS, Placement, choose_placement, cpu_capabilities, place
 from minicache.plan import uniform
 from minicache.sampling import sample
-from minicache.tools import Parser, at_least, markdown
+from minicache.tools import Parser, at_least, make_folder, markdown
 from minicache.unet import UNet
 
 Row = dict[str, Any]
@@ -238,9 +238,8 @@ def completed(args: argparse.Namespace) -> tuple[UNet, Paper, dict[str, Placemen
     for name, value in (SMALL if macs(unet) < 50e9 else {**LARGE, "branch": [paper.branch]}).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    at_least(args, rounds=2, steps=2 if args.steps else 0)
-    if min(args.batch) < 1:
-        raise ValueError(f"--batch {min(args.batch)} must be at least 1")
+    at_least(args, rounds=2, batch=1)
+    at_least(args, most=(unet.diffusion or Diffusion()).num_timesteps, steps=2 if args.steps else 0)
     choose = partial(choose_placement, args.device, memory_format=args.memory_format)
     placements = {name: choose(name, compile="auto" if name == "auto" else False) for name in args.dtype}
     if str(placements.get("auto")) == str(placements.get("float32")):  # also where neither was asked for
@@ -250,6 +249,8 @@ def completed(args: argparse.Namespace) -> tuple[UNet, Paper, dict[str, Placemen
 
 def main(args: argparse.Namespace) -> None:
     shape, paper, placements = completed(args)
+    if args.out:
+        make_folder(Path(args.out))
     device = next(iter(placements.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_capabilities().get("cpu_name")
     title = f"{args.ckpt or args.arch}, {macs(shape) / 1e9:.3f} GMACs a full pass; {name or platform.machine()}, "
@@ -272,7 +273,6 @@ def main(args: argparse.Namespace) -> None:
     report = "\n".join(markdown(rows) for rows in tables.values() if rows)
     print(report)
     if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         content = json.dumps({"conditions": title, **tables}, indent=1) + "\n"
         for name, text in (("bench.md", f"{title}\n\n{report}"), ("bench.json", content)):
             with replacing(Path(args.out) / name) as temporary:

@@ -27,7 +27,7 @@ from minicache.files import replacing
 from minicache.images import to_tensor
 from minicache.placement import choose_device, fastest_dtype
 from minicache.tensors import write
-from minicache.tools import Parser, at_least
+from minicache.tools import Parser, at_least, make_folder
 
 FEATURES = 128
 CLASSES = 10
@@ -146,6 +146,9 @@ def checked_data(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def main(args: argparse.Namespace) -> None:
     images, labels, test_images, test_labels = checked_data(args)
+    if (out := Path(args.out)).is_dir():
+        raise ValueError(f"--out {out} is a folder; give a file")
+    make_folder(out.parent)
     classifier = train(images, labels, args.epochs, args.batch_size, args.lr, choose_device(args.device))
     state = {
         name: tensor.cpu().half() for name, tensor in classifier.state_dict().items() if tensor.is_floating_point()
@@ -153,9 +156,9 @@ def main(args: argparse.Namespace) -> None:
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise ValueError(f"--lr {args.lr:g}: the weights became NaN or infinite; try a smaller --lr")
     score = accuracy(classifier, test_images, test_labels)
-    with replacing(Path(args.out)) as temporary:
+    with replacing(out) as temporary:
         write(temporary, {"state_dict": state, "accuracy": score})
-    print(f"{args.out}: {score:.2%} of {len(test_labels)} test images are classified right")
+    print(f"{out}: {score:.2%} of {len(test_labels)} test images are classified right")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

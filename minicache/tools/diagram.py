@@ -9,7 +9,7 @@ import argparse
 from html import escape
 from pathlib import Path
 
-from minicache.checkpoints import shape_of
+from minicache.checkpoints import PRESETS, shape_of
 from minicache.files import replacing
 from minicache.tools import Parser
 from minicache.unet import Downsample, UNet
@@ -141,7 +141,8 @@ def main(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache diagram", doc=__doc__)
-    parser.add_argument("--ckpt", default="emoji", help="a checkpoint, or cifar10 or lsun_256 (default: emoji)")
+    which = f"a checkpoint, or one of {', '.join(PRESETS)} (default: emoji)"
+    parser.add_argument("--ckpt", default="emoji", help=which)
     parser.add_argument("--branch", type=int, default=1, help="pairs that stay alive (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("idea.svg"), help="(default: idea.svg)")
     return parser.parse_args(argv)

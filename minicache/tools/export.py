@@ -11,6 +11,7 @@ B is free; H and W are the network's. network.json has the shape, the branch and
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import warnings
@@ -23,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 
 from minicache.checkpoints import REGISTRY, fingerprint, load, shape_of
 from minicache.files import replacing
-from minicache.tools import Parser
+from minicache.tools import Parser, make_folder
 from minicache.unet import UNet
 
 FORMATS = ("onnx", "pt2")
@@ -79,20 +80,20 @@ def main(args: argparse.Namespace) -> None:
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise ValueError(f"--format onnx needs {error.name}: pip install 'minicache[onnx]'") from None
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
     if args.ckpt in REGISTRY:
         refuse_context(shape_of(args.ckpt))  # before it is downloaded
     unet = load(args.ckpt, memory_format="contiguous")
     size = unet.config.image_size
     unet.cached_shape(args.branch, size, size)  # a branch that is not there is said now
+    make_folder(out)
     names = {"full": f"full.{ending}", "partial": f"partial_b{args.branch}.{ending}"}
     for kind, program in programs(unet, args.branch).items():
         if ending == "onnx":
             save_onnx(out / names[kind], program, ["eps", "cached_U"] if kind == "full" else ["eps"])
         else:
+            torch.export.save(program, packed := io.BytesIO())  # on a full disk, torch itself ends the process
             with replacing(out / names[kind]) as temporary:
-                torch.export.save(program, temporary)
+                temporary.write_bytes(packed.getbuffer())
     network = {
         **names,
         "shape": [unet.config.in_channels, size, size],
