@@ -59,8 +59,7 @@ class Diffusion:
 
     def timestep(self, alpha_bar: float) -> float:
         """The inverse of `alpha_bar`: the t where that much is left, between 0 and T - 1."""
-        a = self.alphas_bar.numpy()
-        return float(np.interp(log(1 / alpha_bar - 1), np.log(1 / a - 1), np.arange(len(a))))
+        return float(np.interp(log(1 / alpha_bar - 1), (1 / self.alphas_bar - 1).log(), range(self.num_timesteps)))
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Noise x0 [B, C, H, W] to t [B] with eps (Ho et al., Eq. 4): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""

@@ -77,7 +77,7 @@ MUTANTS = {
     "solver": [
         ("past = [now, *past][: entry.history]", "past = [now]", "solver"),
         ("any(a <= b for a, b", "any(a < b for a, b", "solver"),
-        ("zip(self.weights[now.i], eps)", "zip(self.weights[-1], eps)", "solver"),
+        ("zip(self.weights[now.i], points)", "zip(self.weights[-1], points)", "solver"),
     ],
     "fit": [
         ("(1 + 2 * u) * (1 - u) ** 2", "(1 - u) ** 2", "fit"),
