@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minicache.data import cifar10, each_image, image_files
+from minicache.reading import understood
 from minicache.sampling import Step
 
 PIECE = 64  # images that are held at a time
@@ -106,15 +106,13 @@ def read_samples(path: str | Path) -> Samples:
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """arr_0 of an npz as a stream of bytes, and its shape; pickles are not read."""
-    try:
+    with understood(path, "an npz whose arr_0 holds images"):
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, by_columns, dtype = read[np.lib.format.read_magic(file)](file)
             if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or by_columns:
                 raise ValueError(f"it is {dtype} {list(shape)}; need uint8 [N, H, W, 3]")
             yield file, shape
-    except (KeyError, ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not an npz whose arr_0 holds images: {error}") from None
 
 
 def npz_pieces(path: Path) -> Iterator[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import sys
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -113,3 +114,12 @@ def test_fid_is_the_frechet_distance_of_inceptions_features(tmp_path, capsys, in
     main(parse([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]))
     assert f"FID {expected:.3f} (90 images against 90)" in capsys.readouterr().out
     assert inception == [64, 26, 64, 26]
+
+
+def test_an_npz_whose_header_breaks_off_is_refused(tmp_path):
+    """numpy reads that header with Python's own tokenizer, whose errors are of a kind of their own."""
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (\n"
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ValueError, match=r"x\.npz is not an npz whose arr_0 holds images: "):
+        read_samples(tmp_path / "x.npz")
