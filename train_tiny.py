@@ -32,6 +32,7 @@ from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import load, read_file, save
 from minicache.data import CaptionedSource, batch, source, wordless
 from minicache.diffusion import Diffusion
+from minicache.files import locked
 from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
 from minicache.placement import choose_placement
 from minicache.sampling import sample
@@ -111,7 +112,7 @@ def main(**flags: Any) -> Path:
     precision = "bf16" if training.low_precision else "float32"
     print(f"{parameters:,} parameters, {precision}, {training.device}, {torch.get_num_threads()} threads", flush=True)
     print(f"steps {training.step}..{settings.steps}, into {settings.folder}", flush=True)
-    with interruptions() as interrupted:
+    with locked(settings.folder, f"{settings.folder}: another run trains there"), interruptions() as interrupted:
         train(training, draw, interrupted)
     return settings.last
 
@@ -220,8 +221,7 @@ class Training:
         here = {**asdict(self.settings), **asdict(self.unet.config), **asdict(self.unet.diffusion)}
         there = {**content["config"], **content["diffusion"], **state["arguments"]}
         for name, value in there.items():
-            if here.get(name) != value:
-                now = here.get(name)
+            if (now := here.get(name)) != value:
                 raise ValueError(f"{last} was trained with {name}={value!r}, not {now!r}: use the same flags")
         self.average.load_state_dict(content["state_dict"])
         self.unet.load_state_dict(state["unet"])

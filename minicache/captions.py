@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from minicache.data import CaptionedSource, decode
 from minicache.images import to_tensor
+from minicache.reading import read_whole, understood
 from minicache.words import Vocabulary, words_in
 
 CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
@@ -39,7 +41,8 @@ class Captioned:
         """uint8 [N, S, S, 3], scaled, and cropped about the centre; ValueError where one cannot be read."""
         files = tqdm(self.files, desc="reading", unit="image", disable=None, leave=False)
         size, method = (image_size, image_size), Image.Resampling.LANCZOS
-        return torch.from_numpy(np.stack([ImageOps.fit(decode(f.read_bytes, str(f)), size, method) for f in files]))
+        pictures = (decode(partial(read_whole, file), str(file)) for file in files)
+        return torch.from_numpy(np.stack([ImageOps.fit(picture, size, method) for picture in pictures]))
 
     def vocabulary(self) -> Vocabulary:
         """All words of the captions, in the order of the alphabet; some captions from all over the set as examples."""
@@ -100,10 +103,8 @@ def captioned(folder: str | Path, categories: tuple[str, ...] = CATEGORIES) -> C
 def from_csv(path: Path) -> Captioned:
     """The pictures of a captions.csv: each line is a file beside it and a caption; the first may be a header."""
     found: list[tuple[Path, str, str]] = []
-    try:
-        rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    with understood(path, "a CSV file in UTF-8"):
+        rows = list(csv.reader(io.StringIO(read_whole(path).decode("utf-8-sig"), newline="")))
     for number, row in enumerate(rows, start=1):
         cells, where = [cell.strip() for cell in row], f"{path}, line {number}"
         if not any(cells) or (number == 1 and [cell.lower() for cell in cells] == ["file", "caption"]):
@@ -130,14 +131,12 @@ def from_emoji(folders: list[Path], categories: tuple[str, ...]) -> Captioned:
     found: list[tuple[Path, str, str]] = []
     for folder in folders:
         vendor, table = folder.parent.name, folder.parents[2] / "emoji.json"
-        try:
-            rows = [row for row in json.loads(table.read_bytes()) if row[f"has_img_{vendor}"]]
+        with understood(table, "a table of emoji"):
+            rows = [row for row in json.loads(read_whole(table)) if row[f"has_img_{vendor}"]]
             rows = [row for row in rows if not {row["category"], row["subcategory"]} & LEFT_OUT]
             known = {row["category"] for row in rows}
             rows = [row for row in rows if row["category"] in categories]
             said = [(folder / row["image"], words_in(" ".join([row["name"], *row["short_names"]]))) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{table} is not a table of emoji: {type(error).__name__} {error}") from None
         if not categories or set(categories) - known:
             raise ValueError(f"categories={', '.join(categories)}: need some of {', '.join(sorted(known))}")
         for file, words in said:

@@ -20,6 +20,7 @@ from torch import Tensor
 from minicache.diffusion import Diffusion
 from minicache.files import cache_folder, digest, fetch, replacing
 from minicache.placement import choose_placement, place
+from minicache.reading import understood
 from minicache.tensors import read_file, write
 from minicache.unet import UNet, UNetConfig
 from minicache.words import Vocabulary
@@ -74,7 +75,7 @@ def locate(name_or_path: str | Path) -> Path:
         return embedded_folder() / f"{name}.pt"
     if name in REGISTRY:
         entry = REGISTRY[name]
-        path = fetch(entry.url, entry.path(name), entry.checksum)
+        path = fetch(entry.url, entry.path(name), entry.checksum, entry.megabytes)
         if entry.checksum is None:
             its = f"its sha256 is {digest(path, 'sha256')}"
             warnings.warn(f"{path} is not verified: no hash of {entry.url} is published; {its}", stacklevel=2)
@@ -154,13 +155,14 @@ def read_own(
     path: Path, content: Mapping[str, Any], config: UNetConfig | None, diffusion: Diffusion | None, dtype: torch.dtype
 ) -> UNet:
     """The network in the content of a file of our own format, which `save` wrote."""
-    try:
+    with understood(path, "a checkpoint of this version of minicache"):
         own, its = UNetConfig(**content["config"]), Diffusion(**content["diffusion"])
+        state = dict(content["state_dict"])
         vocabulary = Vocabulary(**content["vocabulary"]) if "vocabulary" in content else None
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this version of minicache: {error}") from None
+        if vocabulary and len(vocabulary.words) >= (own.num_tokens or 1):
+            raise ValueError(f"{len(vocabulary.words)} words need a table of more rows than {own.num_tokens}")
     config, diffusion = agreed(path, own, config), agreed(path, its, diffusion)
-    unet = build(path, config, diffusion, content["state_dict"], dtype=dtype)
+    unet = build(path, config, diffusion, state, dtype=dtype)
     unet.vocabulary = vocabulary
     return unet
 
@@ -197,16 +199,18 @@ def build(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{path} {problem} tensor {names[0]}{more}")
+    weights = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {keys.get(name, name)} is no tensor but a {type(tensor).__name__}")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"{path}: {keys.get(name, name)} is no tensor of floating-point numbers but a {kind}")
         if tensor.shape != needed[name].shape:
             shapes = f"{list(tensor.shape)}; the network needs {list(needed[name].shape)}"
             raise ValueError(f"{path}: tensor {keys.get(name, name)} has shape {shapes}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: tensor {keys.get(name, name)} holds NaN or infinity")
-    # copied, as kernels choose by the alignment of memory: every format then computes the same bits
-    weights = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in state.items()}
+        # copied, as kernels choose by the alignment of memory: every format then computes the same bits
+        weights[name] = tensor.to(dtype, copy=True).contiguous()
+        if not torch.isfinite(weights[name]).all():
+            raise ValueError(f"{path}: tensor {keys.get(name, name)} holds what is NaN or infinite as {dtype}")
     unet.load_state_dict(weights, assign=True)
     unet.diffusion = diffusion
     return unet.eval()

@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -90,11 +91,15 @@ def macs(unet: UNet, branch: int | None = None) -> int:
     return pass_cost(unet, branch).macs
 
 
+def macs_so_far(unet: UNet, plan: CachePlan, guidance: float = 1.0) -> list[int]:
+    """Multiply-accumulates of a plan up to each of its steps, for one image; guidance other than 1 doubles them."""
+    times, refresh = 1 if guidance == 1 else 2, set(plan.refresh)
+    return [*accumulate(times * macs(unet, None if i in refresh else plan.branch) for i in range(plan.steps))]
+
+
 def plan_macs(unet: UNet, plan: CachePlan, guidance: float = 1.0) -> int:
-    """Multiply-accumulates of all of a plan's steps together, for one image; guidance other than 1 doubles them."""
-    full, partial = len(plan.refresh), plan.steps - len(plan.refresh)
-    passes = full * macs(unet) + (partial * macs(unet, plan.branch) if partial else 0)
-    return passes * (1 if guidance == 1 else 2)
+    """Multiply-accumulates of all of a plan's steps together."""
+    return macs_so_far(unet, plan, guidance)[-1]
 
 
 def full_passes(unet: UNet, plan: CachePlan, guidance: float = 1.0) -> float:

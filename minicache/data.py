@@ -10,19 +10,19 @@ import io
 import math
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from minicache.files import cache_folder, fetch
 from minicache.images import to_tensor
+from minicache.reading import read_whole, understood, unzip
 
 Source = Callable[[int, torch.Generator], Tensor]
 CaptionedSource = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]
@@ -30,8 +30,8 @@ CaptionedSource = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # no pickles inside, unlike the Python archive
 CIFAR10_CHECKSUM = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error,
-              Image.DecompressionBombError)  # fmt: skip
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # of images, whatever their names; for EPS Pillow would run a program
+MOST_PIXELS = 1 << 26  # of an image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -81,7 +81,7 @@ def batch(
 
 def cifar10(split: str = "train") -> tuple[Tensor, Tensor]:
     """CIFAR-10 (Krizhevsky 2009): uint8 [N, 32, 32, 3], and classes 0..9 [N]; 50,000 of "train", 10,000 of "test"."""
-    path = fetch(CIFAR10_URL, cache_folder() / "cifar-10-binary.tar.gz", CIFAR10_CHECKSUM)
+    path = fetch(CIFAR10_URL, cache_folder() / "cifar-10-binary.tar.gz", CIFAR10_CHECKSUM, 170)
     names = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
     with tarfile.open(path) as archive:
         batches = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names]
@@ -105,11 +105,13 @@ def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
 def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
     """Name and content of every image in a folder (and below) or a zip, in the order of the names."""
     if path.is_dir():
-        return [(str(file), file.read_bytes) for file in sorted(path.rglob("*")) if is_image(file.name)]
-    if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        names = sorted(name for name in archive.namelist() if is_image(name.rpartition("/")[2]))
-        return [(name, partial(archive.read, name)) for name in names]
+        return [(str(file), partial(read_whole, file)) for file in sorted(path.rglob("*")) if is_image(file.name)]
+    if path.is_file() and zipfile.is_zipfile(path):
+        with understood(path, "a zip that can be read"):
+            archive = zipfile.ZipFile(path)
+        members = [member for member in archive.infolist() if is_image(member.filename.rpartition("/")[2])]
+        members.sort(key=lambda member: member.filename)
+        return [(member.filename, partial(unzip, archive, member)) for member in members]
     raise ValueError(f"{path} is no folder or zip of images")
 
 
@@ -135,16 +137,22 @@ def each_image(path: Path, image_size: int | None) -> Iterator[np.ndarray]:
 def decode(content: Callable[[], bytes], name: str) -> Image.Image:
     """The image in a file's content: RGB, turned as its camera says, on white where it is transparent.
 
-    ValueError, with the name, where it cannot be read.
+    ValueError, with the name, where it cannot be read: it must be one of FORMATS, and have at most MOST_PIXELS.
     """
-    try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content())))
+    with understood(name, "an image that can be read"):
+        try:
+            image = Image.open(io.BytesIO(content()), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"it has {image.width}x{image.height} pixels, more than {MOST_PIXELS:,}")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip: the upper 8, as Pillow has of RGB
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except UNREADABLE:
-        raise ValueError(f"{name} is not an image that can be read") from None
 
 
 def read_images(path: Path, image_size: int | None) -> Tensor:

@@ -32,12 +32,14 @@ class Diffusion:
         if type(self.num_timesteps) is not int or not 1 <= self.num_timesteps <= 1000:
             raise ValueError(f"num_timesteps={self.num_timesteps!r} is not in 1..1000")
         betas = (self.beta_start, self.beta_end)
-        if not all(isinstance(beta, float) for beta in betas) or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"need 0 < beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}")
+        if not all(isinstance(beta, float) for beta in betas) or not 1e-9 <= self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"need 1e-9 <= beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}")
         if self.variance not in VARIANCES:
             raise ValueError(f"variance={self.variance!r} is none of {', '.join(VARIANCES)}")
         if self.beta_schedule not in BETA_SCHEDULES:
             raise ValueError(f"beta_schedule={self.beta_schedule!r} is none of {', '.join(BETA_SCHEDULES)}")
+        if self.alphas_bar[-1] < 1e-30:
+            raise ValueError(f"beta_end={self.beta_end} leaves nothing of an image after {self.num_timesteps} steps")
 
     @cached_property
     def alphas_bar(self) -> Tensor:
@@ -72,8 +74,7 @@ class Diffusion:
     def scales(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar) at t, rounded to x's dtype at the very end, shaped to multiply x."""
         squares = (self.alphas_bar, 1 - self.alphas_bar)
-        signal, noise = (square.sqrt().to(x.dtype).to(x.device)[t].reshape(-1, 1, 1, 1) for square in squares)
-        return signal, noise
+        return tuple(square.sqrt().to(x.dtype).to(x.device)[t].reshape(-1, 1, 1, 1) for square in squares)
 
     def timesteps(self, steps: int, spacing: str = "uniform", start: int | None = None) -> list[float]:
         """The timesteps that `steps` steps visit, noisiest first.
@@ -84,7 +85,7 @@ class Diffusion:
         where there are not so many.
         """
         check_spacing(spacing)
-        S, T = steps, start or self.num_timesteps
+        S, T = steps, min(start or self.num_timesteps, self.num_timesteps)
         if not 1 <= S <= T:
             raise ValueError(f"steps={S} is not in 1..{T}, the timesteps of this diffusion")
         if spacing == "uniform":  # DDIM's: range(0, T, T // S) where S divides T
@@ -109,7 +110,7 @@ class Diffusion:
             why = "where no noise is left" if ts[-1] == 0 else f"after the last one, {T - 1}"
             raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = {ts[-1]}, {why}")
         if start is not None and ts[-1] != start - 1:
-            raise ValueError(f"spacing={spacing!r} does not begin at start - 1, where the noised images are")
+            raise ValueError(f"spacing={spacing!r} does not begin at t = {start - 1}, where the noised images are")
         return ts[::-1]
 
 

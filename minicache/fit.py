@@ -58,7 +58,7 @@ class Fitting(Solver):
     """A solver that finds its weights while it runs; where they are, those of the table stand for nothing."""
 
     path: Path | None = None
-    found: list[tuple[float, ...]] = field(default_factory=list)
+    found: list[tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=list)  # of eps, of pulls
 
     @property
     def entry(self) -> Sampler:
@@ -68,13 +68,14 @@ class Fitting(Solver):
         """The step that ends as near to the path as any along a weighted sum of these eps does."""
         s, s_next = noise_level(now.a), noise_level(a_next)
         needed = (self.path(s_next) - now.x / sqrt(now.a)) / (s_next - s)  # the direction that would end on it
-        eps = torch.stack([now.eps, *(point.eps for point in past)])
+        points = [now, *past]
+        eps = torch.stack([*(p.eps for p in points), *(p.pull for p in points if p.pull is not None)])
         E = (eps / self.path.norm).flatten(1).cpu().double()  # not every device has float64
         short = ((needed - now.eps) / self.path.norm).flatten().cpu().double()
         A = E @ E.T
         weights = torch.linalg.solve(A + RIDGE * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype), E @ short)
         weights[0] += 1
-        self.found.append(tuple(weights.tolist()))
+        self.found.append((tuple(weights[: len(points)].tolist()), tuple(weights[len(points) :].tolist())))
         return step_along(torch.tensordot(weights.to(eps), eps, 1), now, a_next)
 
 
@@ -118,7 +119,8 @@ def fitted(unet: Network, path: Path, t: Sequence[float], plan: CachePlan, name:
     fitting, network = Fitting(tuple(t), ((1.0,),) * len(t), path=path), Forecasting(unet)
     plan = replace(plan, alpha=())
     *_, last = denoise(network, plan=plan, sampler=fitting, **path.where)
-    solver = Solver(fitting.t, tuple(fitting.found), name)
+    weights, pulls = zip(*fitting.found)
+    solver = Solver(fitting.t, weights, name, pulls if any(pulls) else ())
     return Fit(solver, replace(plan, alpha=network.alpha), relative_l2(last.x, path.image).mean().item())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def shared(theirs: Any) -> UNet:
     """A UNet2DConditionModel as a network of ours, on the same weights: changes of one are changes of the other."""
     from minicache.formats.diffusers import NAMES, config_from_diffusers
 
-    config = config_from_diffusers("pipe.unet", json.loads(theirs.to_json_string()))
+    config = config_from_diffusers("pipe.unet", theirs.to_json_string())
     with torch.device("meta"):
         unet = UNet(config)
     state, needed, keys = theirs.state_dict(), unet.state_dict(), NAMES.keys(unet)

@@ -34,10 +34,8 @@ class Placement:
     why: str  # what stands behind the choices that were left to "auto"
 
     def __str__(self) -> str:
-        threads = torch.get_num_threads()
-        where = f"cpu ({threads} thread{'s' * (threads > 1)})" if self.device.type == "cpu" else str(self.device)
         kind = {v: k for k, v in (DTYPES | MEMORY_FORMATS).items()}
-        return f"{kind[self.dtype]}, {kind[self.memory_format]}{', compiled' * self.compile} on {where}"
+        return f"{kind[self.dtype]}, {kind[self.memory_format]}{', compiled' * self.compile} on {self.device}"
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:

@@ -40,8 +40,8 @@ class CachePlan:
         object.__setattr__(self, "alpha", alpha)
         if refresh[:1] != (0,) or list(refresh) != sorted(set(refresh)) or refresh[-1] >= self.steps:
             raise ValueError(f"refresh={list(refresh)} must ascend from 0 and stay below steps={self.steps}")
-        if len(alpha) != self.steps or not all(map(math.isfinite, alpha)):
-            raise ValueError(f"alpha must be {self.steps} finite numbers, one for each step")
+        if len(alpha) != self.steps or not all(abs(a) <= MAX_STEPS for a in alpha):
+            raise ValueError(f"alpha must be {self.steps} numbers, one for each step, in -{MAX_STEPS}..{MAX_STEPS}")
         second = refresh[1] if len(refresh) > 1 else self.steps
         for i, a in enumerate(alpha):
             if a != 0 and (i in refresh or i < second):

@@ -10,6 +10,7 @@ from typing import Any
 
 from minicache.files import replacing
 from minicache.plan import CachePlan, nonuniform, uniform
+from minicache.reading import read_whole, understood
 from minicache.samplers import passes
 from minicache.sampling import STEPS, Settings
 from minicache.solver import Solver
@@ -46,8 +47,9 @@ class Recipe(Settings):
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Raises ValueError where the file is not a recipe."""
-        try:
-            values = json.loads(Path(path).read_text())
+        content = read_whole(Path(path))
+        with understood(path, "a recipe"):
+            values = json.loads(content)
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
@@ -55,8 +57,6 @@ class Recipe(Settings):
             if isinstance(values.get("sampler"), dict):
                 made["sampler"] = Solver(**values["sampler"])
             return cls(**{**values, **made})
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise ValueError(f"{path} is not a recipe: {error}") from None
 
 
 def recipes_in(folder: str | Path, fingerprint: str | None, start: int | None = None) -> list[Recipe]:

@@ -29,6 +29,7 @@ class Point(NamedTuple):
     x0: Tensor  # the image that eps predicts, clipped where `clip`
     clip: bool = False
     i: int = 0  # the step, from 0
+    pull: Tensor | None = None  # under guidance: how far the context moves eps, before it is scaled
 
 
 def predict_x0(x: Tensor, eps: Tensor, a: float, clip: bool = False) -> Tensor:

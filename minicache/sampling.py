@@ -35,9 +35,8 @@ class Settings:
 
     def __post_init__(self):
         fitted = isinstance(self.sampler, Solver)
-        names = {"variance": (None, *VARIANCES), "clip_x0": (None, True, False)}
-        names |= {} if fitted else {"sampler": SAMPLERS}
-        for name, allowed in names.items():
+        samplers = {} if fitted else {"sampler": SAMPLERS}
+        for name, allowed in {**samplers, "variance": (None, *VARIANCES), "clip_x0": (None, True, False)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
         numbers = {"eta": (float, 0, 1), "guidance": (float, 0, 100), "start": (int, 1, MAX_STEPS)}
@@ -54,6 +53,8 @@ class Settings:
             raise ValueError(f"spacing={self.spacing!r}, start={self.start!r}: a solver has timesteps of its own")
         if fitted and len(self.sampler.t) != self.plan.steps:
             raise ValueError(f"the solver has {len(self.sampler.t)} steps, and the plan {self.plan.steps}")
+        if fitted and self.sampler.pulls and self.guidance == 1:
+            raise ValueError("the solver weighs what guidance adds: it needs a guidance other than 1")
         if not fitted:
             object.__setattr__(self, "spacing", self.spacing or self.entry.spacing)
             check_spacing(self.spacing)
@@ -132,8 +133,7 @@ def denoise(
     if steps not in (None, s.steps):
         raise ValueError(f"steps={steps} contradicts the plan, which has {s.steps}")
     if s.start is not None and (x_T is None or s.start > unet.diffusion.num_timesteps):
-        most = unet.diffusion.num_timesteps
-        raise ValueError(f"start={s.start} needs x_T, images noised to t = start - 1, and to be at most {most}")
+        raise ValueError(f"start={s.start} needs x_T, noised to t = start - 1, below {unet.diffusion.num_timesteps}")
     ts = s.timesteps(unet.diffusion)
     stochastic = s.entry.noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
@@ -192,14 +192,14 @@ def _loop(
         else:
             cached_U = cache.stand_in(i)
             eps = unet.forward_partial(x_i, t_i, cached_U, branch, context)
+        pull = None
         if s.guidance != 1:  # Ho and Salimans 2022, with a scale of 1 where theirs is 0
             away, towards = eps.chunk(2)
-            eps = away + s.guidance * (towards - away)
-
+            pull = towards - away
+            eps = away + s.guidance * pull
         a, a_next = alpha_bar(t), alpha_bar(ts[i + 1]) if i + 1 < len(ts) else a_last
-        now = Point(a, x, eps, predict_x0(x, eps, a, clip), clip, i)
-        if sampler.correct and past:
-            now = sampler.correct(now, past)
+        now = Point(a, x, eps, predict_x0(x, eps, a, clip), clip, i, pull)
+        now = sampler.correct(now, past) if sampler.correct and past else now
         z = noise() if noise and a_next < 1 else None
         if a_next != a or (i == 1 and sampler.twice):  # a step of zero length, as quad repeats t, changes nothing
             x = sampler.step(now, past, a_next, **({sampler.noise: scale, "z": z} if sampler.noise else {}))
@@ -226,10 +226,9 @@ def sample(
     size = max(count, 1) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    planned = passes(settings.get("steps") or STEPS, settings.get("sampler"))
-    steps = settings["plan"].steps if settings.get("plan") else planned
+    plan = settings.get("plan") or uncached(passes(settings.get("steps") or STEPS, settings.get("sampler")))
     images = []
-    with tqdm(total=-(-count // size) * steps, unit="step", disable=None if progress else True) as bar:
+    with tqdm(total=-(-count // size) * plan.steps, unit="step", disable=None if progress else True) as bar:
         for k in range(0, max(count, 1), size):
             batch = {name: None if row is None else row[k : k + size] for name, row in rows.items()}
             for step in denoise(unet, **batch, **settings):

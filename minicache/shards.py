@@ -1,9 +1,10 @@
 """Many pictures, drawn in shards: a run may be interrupted, killed, begun again, and shared among processes.
 
 A shard is one batch of consecutive seeds, so its bytes do not depend on the process that draws it, or on when. It is on
-disk whole or not at all, and a shard that is there is not drawn again. A manifest says how the images are made: a run
-with other settings is refused, and so is a second run while one is at work. Under torchrun each process draws its share
-of the shards, and they meet only at the beginning and at the end. If one dies, begin again, with as many as you like.
+disk whole or not at all, and a shard that is there is not drawn again, unless it is broken. A manifest says how the
+images are made: a run with other settings is refused, and so is a second run while one is at work. Under torchrun each
+process draws its share of the shards, and they meet only at the beginning and at the end. If one dies, begin again,
+with as many as you like: each computes with the threads of the first run, since the last bits depend on their number.
 """
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ import io
 import json
 import os
 import shutil
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from minicache.files import leftovers, replacing
+from minicache.files import locked, replacing
 from minicache.images import save_png
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs of one set are not kept apart
-    fcntl = None
-
+END_OF_PNG = b"IEND\xae\x42\x60\x82"
 PATIENCE = timedelta(days=7)  # how long a process that has drawn its share waits for the others
 
 
@@ -44,8 +44,17 @@ def meet() -> None:
     """Wait for all processes. They exchange nothing else, so gloo is enough on every device."""
     if rank_and_world()[1] > 1:
         if not dist.is_initialized():
+            if dist.is_torchelastic_launched():
+                threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
             dist.init_process_group("gloo", timeout=PATIENCE)
         dist.barrier()
+
+
+def end_with(launcher: int) -> None:
+    """End this process when torchrun has been killed: the others may have gone, too, and would be waited for."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(2)  # from whatever it is doing, as a kill would
 
 
 @dataclass(frozen=True)
@@ -90,41 +99,69 @@ class ImageSet:
         """Whether the .npz is there. A folder is never known to be complete."""
         return self.packed and self.out.exists()
 
+    def drawn(self, shard: range) -> bool:
+        """Whether its files are there and whole; what is not will be drawn again."""
+        if not self.packed:
+            return all(map(whole_png, self.files(shard)))
+        try:
+            return np.lib.format.open_memmap(self.files(shard)[0], "r").shape[:1] == (len(shard),)
+        except (OSError, ValueError, EOFError):
+            return False
+
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Lock the folder, and write the manifest. ValueError where others draw there, or other images are there."""
+    def claimed(self, first: bool) -> Iterator[None]:
+        """Share the lock of the folder, and compute with as many threads as the manifest says, as bits depend on that.
+
+        first: of the processes that share the work; it has the lock alone while it writes the manifest. What is left of
+        a run that was killed holds the lock, too. ValueError where others draw there, or other images are there.
+        """
         if self.complete:
             self.check(self.out, packed_manifest(self.out))
             shutil.rmtree(self.folder, ignore_errors=True)  # left by a process that was killed at the very end
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):
-            manifest = self.folder / "manifest.json"
-            drawn = next(self.folder.glob("*.npy" if self.packed else "*.png"), None)
-            if manifest.exists():
-                theirs = self.read(manifest)
-                if drawn:
-                    self.check(self.folder, theirs)
-            elif drawn:
-                raise ValueError(f"{drawn} exists, and nothing tells how it was made; choose another --out")
+        refusal = f"{self.folder} is being drawn into by another process; torchrun shares the work"
+        with locked(self.folder, refusal, shared=not first) as take:
+            if first:
+                self.declare()
+                take(shared=True)
+            made_with = self.read(self.folder / "manifest.json")
+            self.check(self.folder, made_with)
+            before = torch.get_num_threads()
+            torch.set_num_threads(int(made_with.get("threads", before)))
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
+
+    def declare(self) -> None:
+        """Write the manifest, unless there is one, and pictures; ValueError where it or they are somebody else's."""
+        manifest = self.folder / "manifest.json"
+        found = next(self.folder.glob("*.npy" if self.packed else "*.png"), None)
+        if manifest.exists():
+            self.read(manifest)
+        elif found:
+            raise ValueError(f"{found} exists, and nothing tells how it was made; choose another --out")
+        if not found:
             with replacing(manifest) as temporary:
-                temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
-            yield
+                made_with = {**self.manifest, "threads": torch.get_num_threads()}
+                temporary.write_text(json.dumps(made_with, indent=1) + "\n")
 
     def read(self, manifest: Path) -> dict[str, Any]:
         """The content of a manifest. ValueError for any other file of that name: it belongs to somebody."""
         try:
             theirs = json.loads(manifest.read_text())
-        except ValueError:
-            theirs = None
-        if not isinstance(theirs, dict) or theirs.keys() != self.manifest.keys():
-            raise ValueError(f"{manifest} tells of something else than pictures drawn here; choose another --out")
-        return theirs
+            if theirs.keys() - {"threads"} == self.manifest.keys() and theirs.get("threads", 1) in range(1, 1025):
+                return theirs
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        raise ValueError(f"{manifest} tells of something else than pictures drawn here; choose another --out")
 
     def check(self, where: Path, theirs: dict[str, Any]) -> None:
         """ValueError where their manifest, found at `where`, is not ours; it names the first setting that differs."""
         ours, theirs = flat(json.loads(json.dumps(self.manifest))), flat(theirs)  # as JSON gives it back
+        theirs.pop("threads", None)  # is taken over, not compared
         for name in {**ours, **theirs}:
             was, now = theirs.get(name), ours.get(name)
             if was != now:
@@ -132,14 +169,11 @@ class ImageSet:
                 raise ValueError(f"{where} was made with {with_what}; choose another --out")
 
     def finish(self) -> None:
-        """Make one .npz of all shards, read one at a time; or remove what killed processes have left in a folder.
+        """Make one .npz of all shards, read one at a time, and remove them once it has been read back.
 
         The images are arr_0 [N, H, W, C], which the evaluator of ADM (Dhariwal & Nichol 2021) reads.
         """
-        if not self.packed:
-            for leftover in leftovers(self.folder):
-                leftover.unlink(missing_ok=True)
-            return
+        made_with = (self.folder / "manifest.json").read_text()
         first = np.load(self.files(self.shards[0])[0], mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(self.seeds), *first.shape[1:])}
         with replacing(self.out) as temporary:
@@ -147,26 +181,25 @@ class ImageSet:
                 with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array_header_1_0(file, header)
                     for shard in self.shards:
-                        file.write(np.load(self.files(shard)[0]).tobytes())
-                archive.writestr(zipfile.ZipInfo("manifest.json"), json.dumps(self.manifest, indent=1) + "\n")
+                        images = np.load(self.files(shard)[0])
+                        if (images.dtype, images.shape) != (first.dtype, (len(shard), *first.shape[1:])):
+                            raise ValueError(f"{self.files(shard)[0]} holds other images than {first.filename}")
+                        file.write(images.tobytes())
+                archive.writestr(zipfile.ZipInfo("manifest.json"), made_with)
+            with zipfile.ZipFile(temporary) as archive:
+                if broken := archive.testzip():
+                    raise OSError(f"{self.out} cannot be written: {broken} reads back as something else")
         shutil.rmtree(self.folder)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """ValueError where another process has the lock. The lock ends with its process, however that one ends."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def whole_png(path: Path) -> bool:
+    """Whether the file is there, and ends as a PNG does."""
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being drawn into by another process; torchrun shares the work") from None
-        yield
-    finally:
-        os.close(handle)
+        with open(path, "rb") as file:
+            file.seek(-len(END_OF_PNG), os.SEEK_END)
+            return file.read() == END_OF_PNG
+    except OSError:
+        return False
 
 
 def flat(manifest: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -181,8 +214,8 @@ def packed_manifest(path: Path) -> dict[str, Any]:
     """The manifest in an .npz; ValueError for an .npz without one, and for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read("manifest.json"))
-    except (zipfile.BadZipFile, KeyError, ValueError):
+            return {**json.loads(archive.read("manifest.json"))}
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, RuntimeError):
         raise ValueError(f"{path} exists, and nothing tells how it was made; choose another --out") from None
 
 
@@ -192,16 +225,19 @@ def fill(images: ImageSet, draw: Callable[[range], np.ndarray]) -> int:
     draw: seeds -> uint8 [B, H, W, C]. Raises ValueError as `claimed` does.
     """
     rank, world = rank_and_world()
-    with images.claimed() if rank == 0 else nullcontext():
-        meet()
+    if rank > 0:
+        meet()  # when the first has written the manifest
+    with images.claimed(first=rank == 0):
+        if rank == 0:
+            meet()
         complete, share = images.complete, images.shards[rank::world]
-        missing = [shard for shard in share if not complete and not all(path.exists() for path in images.files(shard))]
+        missing = [shard for shard in share if not complete and not images.drawn(shard)]
         total, left = sum(map(len, share)), sum(map(len, missing))
         with tqdm(total=total, initial=total - left, unit="image", disable=None if rank == 0 else True) as bar:
             for shard in missing:
                 images.write(shard, draw(shard))
                 bar.update(len(shard))
         meet()
-        if rank == 0 and not complete:
+        if rank == 0 and images.packed and not complete:
             images.finish()
     return left

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 LIGHTNING = ("pytorch_lightning.", "lightning.")
 
@@ -25,8 +26,8 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Where the format allows it, tensors are mapped: they take memory only once they are read.
     """
-    if not path.exists():
-        raise ValueError(f"there is no file or folder {path}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as variables:
@@ -37,6 +38,7 @@ def read_file(path: Path) -> dict[str, Any]:
             content = load_file(path)
         else:
             content = _load_pickle(path)
+        refuse_odd_tensors(content)
     except ImportError:
         raise ValueError(f"{path}: reading .safetensors needs the package: pip install safetensors") from None
     except MemoryError as error:
@@ -52,6 +54,21 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a state dict: it holds a {type(content).__name__}")
     return content
+
+
+def refuse_odd_tensors(content: Any) -> None:
+    """ValueError for a tensor, however deep, that is not all there as dense real numbers: sparse, quantized, on the
+    meta device, or larger than its memory, as one number that is expanded to a billion."""
+    left, seen = [content], set()
+    while left:
+        each = left.pop()
+        if isinstance(each, Tensor):
+            odd = each.layout != torch.strided or each.is_nested or each.is_quantized or each.is_complex()
+            if odd or each.device.type != "cpu" or each.nbytes > each.untyped_storage().nbytes():
+                raise ValueError(f"it holds a tensor ({each.dtype}) that is not dense, real and all there")
+        elif isinstance(each, dict | list | tuple) and id(each) not in seen:
+            seen.add(id(each))  # a list may hold itself
+            left.extend(each.values() if isinstance(each, dict) else each)
 
 
 def _load_pickle(path: Path) -> Any:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-Time = float | Tensor  # a timestep, 0 to 999, whole or not: a number, or a tensor of one element (for all) or of B
+Time = float | Tensor  # 0 to 999, whole or not: a number, or a tensor of one element (for all) or of B, not looked at
 Context = Tensor | None  # ids [B, K], or tokens [B, K, context_dim]; None says nothing
 
 
@@ -172,11 +172,13 @@ class UNetConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         sizes = (self.image_size, self.model_channels, self.num_res_blocks, self.in_channels, self.groups, self.heads,
                  *(self.channel_mult or [0]), self.context_dim or 1, self.num_tokens or 1)  # fmt: skip
-        if any(type(size) is not int or size < 1 for size in sizes):
-            raise ValueError(f"sizes, groups and heads must be positive whole numbers: {self}")
+        if any(type(size) is not int or not 1 <= size <= 2**16 for size in sizes) or len(self.channel_mult) > 16:
+            raise ValueError(f"sizes, groups and heads must be whole numbers in 1..65536, levels 16 at most: {self}")
         sides = [self.image_size / 2**level for level in range(len(self.channel_mult))]
         C, multiple = self.model_channels, math.lcm(2, self.groups, self.heads)
         for fine, rule in (
+            (max(self.image_size, C * max(self.channel_mult)) <= 2**13, "image_size and widths must be 8192 at most"),
+            (self.num_res_blocks <= 32, "num_res_blocks must be 32 at most"),
             (C >= 4 and C % multiple == 0, "model_channels must be a multiple of 2, groups and heads, and at least 4"),
             (sides[-1] % 1 == 0, "image_size must be even at every level but the last"),
             (set(self.attention_resolutions) <= set(sides), "attention_resolutions must be sides of levels"),
@@ -199,9 +201,9 @@ class UNet(nn.Module):
 
     Each D_i emits one skip and U_i consumes it, so len(D) == len(U): 12 for CIFAR-10, 18 for LSUN_256. Branch b of
     DeepCache (its own numbering, Table 12) keeps the b outermost pairs alive, D[:b] and U[:b]; `cached_U`, the output
-    of U[b] (of M, if b == len(D)), stands in for all that lies deeper. The network keeps no state between calls.
-    x: [B, in_channels, H, W] in [-1, 1] plus noise, H and W multiples of 2**(levels - 1). Computes in the weights'
-    dtype; eps has the shape and dtype of x.
+    of U[b] (of M, if b == len(D)), stands in for all that lies deeper. The network keeps no state between calls, and
+    of cached_U it sees the shape alone, which two branches may share. x: [B, in_channels, H, W] in [-1, 1] plus noise,
+    H and W multiples of 2**(levels - 1). Computes in the weights' dtype; eps has the shape and dtype of x.
     """
 
     def __init__(self, config: UNetConfig):
@@ -242,8 +244,7 @@ class UNet(nn.Module):
         h, temb, context = self._begin(x, t, branch, context)
         skips = []
         for D_i in self.D:
-            h = D_i(h, temb, context)
-            skips.append(h)
+            skips.append(h := D_i(h, temb, context))
         for M_i in self.M:
             h = M_i(h, temb, context)
         for U_i in reversed(self.U[branch:]):
@@ -258,8 +259,7 @@ class UNet(nn.Module):
         h, temb, context = self._begin(x, t, branch, context, cached_U)
         skips = []
         for D_i in self.D[:branch]:
-            h = D_i(h, temb, context)
-            skips.append(h)
+            skips.append(h := D_i(h, temb, context))
         h = cached_U
         for U_i in reversed(self.U[:branch]):
             h = U_i(h, skips.pop(), temb, context)
@@ -267,13 +267,13 @@ class UNet(nn.Module):
 
     def _begin(self, x, t, branch, context, cached_U=None):
         """x, SiLU(temb) and the tokens, in the weights' dtype; or a ValueError that says which argument is wrong."""
-        C, multiple, B = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1), x.shape[0]
-        if x.ndim != 4 or x.shape[1] != C or x.shape[2] % multiple or x.shape[3] % multiple:
-            raise ValueError(f"x has shape {list(x.shape)}; need [B, {C}, H, W], H and W multiples of {multiple}")
-        needed = [B, *self.cached_shape(branch, *x.shape[2:])]
+        C, multiple = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1)
+        if x.ndim != 4 or x.shape[1] != C or any(n % multiple for n in x.shape[2:]) or not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype} {[*x.shape]}; need floats [B, {C}, H, W], H, W multiples of {multiple}")
+        needed = [B := x.shape[0], *self.cached_shape(branch, *x.shape[2:])]
         if cached_U is not None and list(cached_U.shape) != needed:
             raise ValueError(f"cached_U has shape {list(cached_U.shape)}; branch={branch} of this x needs {needed}")
-        if isinstance(t, (int, float)) and not 0 <= t <= 999:  # a tensor is not looked at: that would stop the device
+        if not isinstance(t, Tensor) and not 0 <= t <= 999:  # a tensor is not looked at: that would stop the device
             raise ValueError(f"t={t} is not a timestep in 0..999")
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         if t.shape[0] not in (1, B):

@@ -5,6 +5,7 @@ D_i emits. Shapes: B images, N tokens (the class where there is one, the time, t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,21 @@ class UViTConfig:
     null_token: int = 0  # the class that says nothing
     context_dim = property(lambda self: self.channels if self.num_tokens else None)  # width of the class's token
 
+    def __post_init__(self):
+        sizes = (self.image_size, self.patch_size, self.channels, self.pairs, self.heads, self.in_channels,
+                 self.num_tokens or 1)  # fmt: skip
+        if any(type(size) is not int or not 1 <= size <= 2**16 for size in sizes):
+            raise ValueError(f"sizes, pairs and heads must be whole numbers in 1..65536: {self}")
+        side, rest = divmod(self.image_size, self.patch_size)
+        for fine, rule in (
+            (not rest and side <= 256, "patches must fill the image, and be 256 a side at most"),
+            (self.channels % math.lcm(2, self.heads) == 0, "channels must be an even multiple of heads"),
+            (self.pairs <= 256 and self.channels <= 2**13, "pairs must be 256 at most, and channels 8192"),
+            (self.null_token in range(self.num_tokens or 1), "null_token must be one of the num_tokens"),
+        ):
+            if not fine:
+                raise ValueError(f"{rule}: {self}")
+
 
 class UViT(nn.Module):
     """eps = uvit(x, t, context). Branch b keeps the b outermost pairs alive, D[:b] and U[:b]; `cached_U` [B, N, C] is
@@ -56,8 +72,6 @@ class UViT(nn.Module):
     def __init__(self, config: UViTConfig):
         super().__init__()
         C, size, side = config.channels, config.patch_size, config.image_size // config.patch_size
-        if config.image_size % size or C % config.heads or C % 2:
-            raise ValueError(f"patches must fill the image, and C be an even multiple of heads: {config}")
         self.config, self.diffusion, self.vocabulary = config, None, None  # diffusion: set by whoever trains it
         self.tokens = nn.Embedding(config.num_tokens, C) if config.num_tokens else None
         self.patches = nn.Conv2d(config.in_channels, C, size, stride=size)
@@ -92,11 +106,16 @@ class UViT(nn.Module):
 
     def _begin(self, x: Tensor, t: Time, branch: int, context: Context) -> Tensor:
         """All that the network is told, as tokens [B, N, C] in their places."""
-        (_, C), B, dtype = self.cached_shape(branch), len(x), self.positions.dtype
-        image = (self.config.in_channels, self.config.image_size, self.config.image_size)
-        if x.shape[1:] != image or (context is not None and (not self.tokens or context.shape[1] != 1)):
-            raise ValueError(f"x {list(x.shape)} with the context {context} is not what {self.config} takes")
-        time = timestep_embedding(torch.as_tensor(t, device=x.device).reshape(-1), C, adm=True).to(dtype)
+        (_, C), B, dtype = self.cached_shape(branch), x.shape[:1].numel(), self.positions.dtype
+        if x.shape[1:] != (self.config.in_channels, *[self.config.image_size] * 2) or not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, which is not what {self.config} takes")
+        if not isinstance(t, Tensor) and not 0 <= t <= 999:  # a tensor is not looked at: that would stop the device
+            raise ValueError(f"t={t} is not a timestep in 0..999")
+        t = torch.as_tensor(t, device=x.device).reshape(-1)
+        token = None if context is None else [B, 1, C] if context.is_floating_point() else [B, 1]
+        if len(t) not in (1, B) or (token and (not self.tokens or list(context.shape) != token)):
+            raise ValueError(f"t of {len(t)} elements with the context {context} is not what {self.config} takes")
+        time = timestep_embedding(t, C, adm=True).to(dtype)
         h = [time[:, None].expand(B, 1, C), rearrange(self.patches(x.to(dtype)), "b c h w -> b (h w) c")]
         if self.tokens:
             ids = torch.full((B, 1), self.config.null_token, device=x.device) if context is None else context

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minicache.reading import understood
 from minicache.unet import UNet
 
 
@@ -136,7 +137,8 @@ def classes(labels: list[int], number: int) -> tuple[list[str], Tensor]:
 
 def lines_of(path: str | Path) -> list[str]:
     """The lines of a file of prompts that hold one; ValueError where none does."""
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    with understood(path, "a text in UTF-8"):
+        lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {path} holds no prompt")
     return lines

@@ -1,12 +1,9 @@
-"""Names, downloads, and the golden test of the published weights; the only server here is on this machine."""
+"""Names, our own format, and the golden test of the published weights."""
 
-import functools
 import hashlib
-import http.server
 import json
 import os
 import re
-import threading
 
 import pytest
 import torch
@@ -14,99 +11,8 @@ from conftest import ROOT, noise, random_unet, relative
 
 from minicache import Diffusion, load, sample
 from minicache.checkpoints import EMBEDDED, REGISTRY, Entry, fingerprint, locate, read, save
-from minicache.files import fetch
 from minicache.tools.list import listing
 from minicache.tools.verify import golden_distances, verify
-
-CONTENT = bytes(range(256)) * 5000
-CHECKSUM = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT at any path, from where the client asks; forgets to, at /whole."""
-
-    def do_GET(self):
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"]).group(1))
-        self.server.starts.append(start)
-        if self.path == "/missing":
-            return self.send_error(404)
-        if start >= len(CONTENT):
-            return self.send_error(416)
-        start = 0 if self.path == "/whole" else start
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
-        self.end_headers()
-        self.wfile.write(CONTENT[start : self.server.breaks_at])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.starts, server.breaks_at, server.url = [], None, f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_download(server, tmp_path):
-    path = tmp_path / "cache" / "file.bin"
-    assert fetch(f"{server.url}/file", path, CHECKSUM).read_bytes() == CONTENT
-    assert fetch("http://127.0.0.1:9/never-asked", path, CHECKSUM) == path
-    assert [file.name for file in path.parent.iterdir()] == ["file.bin"] and server.starts == [0]
-
-
-@pytest.mark.parametrize("done", [1000, len(CONTENT)])
-@pytest.mark.parametrize("kind", ["file", "whole"])
-def test_download_goes_on_where_it_stopped(server, tmp_path, done, kind):
-    (tmp_path / "file.bin.part").write_bytes(CONTENT[:done])
-    assert fetch(f"{server.url}/{kind}", tmp_path / "file.bin", CHECKSUM).read_bytes() == CONTENT
-    assert server.starts == [done] and not (tmp_path / "file.bin.part").exists()
-
-
-def test_download_that_breaks_off_is_kept_and_continued(server, tmp_path):
-    server.breaks_at = 50_000
-    with pytest.raises(ConnectionError, match="broke after 50000"):
-        fetch(f"{server.url}/file", tmp_path / "file.bin", CHECKSUM)
-    assert (tmp_path / "file.bin.part").stat().st_size == 50_000
-    server.breaks_at = None
-    assert fetch(f"{server.url}/file", tmp_path / "file.bin", CHECKSUM).read_bytes() == CONTENT
-    assert server.starts == [0, 50_000]
-
-
-def test_download_of_something_else_is_thrown_away(server, tmp_path):
-    with pytest.raises(ValueError, match="thrown away"):
-        fetch(f"{server.url}/file", tmp_path / "file.bin", "md5:" + "0" * 32)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "file.bin").write_bytes(b"put here by hand, but wrong")
-    with pytest.raises(ValueError, match=r"file\.bin has not the sha256"):
-        fetch(f"{server.url}/file", tmp_path / "file.bin", CHECKSUM)
-
-
-def test_a_file_whose_hash_nobody_published_is_taken_with_a_warning(server, tmp_path, monkeypatch):
-    """It says what the file's own hash is; downloaded, or put there by hand."""
-    monkeypatch.setenv("MINICACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(REGISTRY, "unpublished", Entry(f"{server.url}/model.ckpt", None, 1, True, None))
-    for _ in range(2):
-        with pytest.warns(UserWarning, match=f"not verified.*{CHECKSUM.split(':')[1]}"):
-            assert locate("unpublished") == tmp_path / "unpublished.ckpt"
-    assert (tmp_path / "unpublished.ckpt").read_bytes() == CONTENT and server.starts == [0]
-
-
-def test_offline_error_says_what_to_do(server, tmp_path, monkeypatch):
-    with pytest.raises(ConnectionError, match="Not Found"):
-        fetch(f"{server.url}/missing", tmp_path / "file.bin", CHECKSUM)
-    monkeypatch.setenv("MINICACHE_HOME", str(tmp_path / "home"))
-    entry = Entry("http://127.0.0.1:9/net.bin", CHECKSUM, 1, True, None)
-    monkeypatch.setitem(REGISTRY, "unreachable", entry)
-    with pytest.raises(ConnectionError) as error:
-        load("unreachable")
-    for word in ("unreachable.bin", "http://127.0.0.1:9/net.bin", str(tmp_path / "home" / "unreachable.bin")):
-        assert word in str(error.value)
 
 
 def test_registry_is_complete():

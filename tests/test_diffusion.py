@@ -40,6 +40,13 @@ def test_loss_is_the_mean_square_of_each_image():
                           torch.tensor([1.0, 9.0]), atol=1e-4)  # fmt: skip
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "logsnr", "rho7"])
+def test_noised_images_are_not_noisier_than_the_last_timestep(spacing):
+    assert Diffusion().timesteps(5, spacing, start=1000)[0] == 999
+    with pytest.raises(ValueError, match=r"does not begin at t = 1000,"):
+        Diffusion().timesteps(5, spacing, start=1001)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -48,6 +55,8 @@ def test_loss_is_the_mean_square_of_each_image():
         ({"beta_start": 0.0}, "beta_start"),
         ({"beta_end": 1.0}, "beta_end"),
         ({"beta_start": 0.03}, "beta_start"),
+        ({"beta_start": 1e-20}, "beta_start"),  # 1 - beta is 1
+        ({"beta_end": 0.9}, "beta_end=0.9 leaves nothing"),  # of all that float64 can divide by
         ({"variance": "learned"}, "variance='learned'"),
     ],
 )

@@ -16,10 +16,11 @@ from minicache.fit import FINEST, forecast
 from minicache.images import to_uint8
 from minicache.metrics import relative_l2
 from minicache.plan import PlanCache
+from minicache.samplers import SAMPLERS
 from minicache.solver import tabulated
-from minicache.tools import evaluate
+from minicache.tools import calibrate, evaluate
 from minicache.tools import methods as rivals
-from minicache.tools.calibrate import CALIBRATION, CHECK, HELD_OUT, RIVALS, Task
+from minicache.tools.calibrate import CALIBRATION, CHECK, HELD_OUT, Task
 from minicache.tools.evaluate import Pictures, clock
 from minicache.tools.methods import FLOOR, Method, Spectrum, methods, whole_run
 from minicache.words import Prompts, Vocabulary
@@ -62,9 +63,10 @@ def rows_of(path: Path) -> dict[str, dict[str, str]]:
 
 @pytest.fixture(autouse=True)
 def short_reference(monkeypatch):
-    """There are as few timesteps as the reference has steps."""
-    for module in (evaluate, rivals):
-        monkeypatch.setattr(module, "FINEST", {**FINEST, "steps": 20})
+    """There are as few timesteps as the reference has steps; and few rivals."""
+    monkeypatch.setattr(calibrate, "FINEST", {**FINEST, "steps": 20})
+    monkeypatch.setattr(calibrate, "RIVALS", ("ddim", "plms", "unipc"))
+    monkeypatch.setattr(calibrate, "SPACINGS", (None, "rho7"))
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def few(monkeypatch):
         return {name: dict(list(row.items())[:3]) for name, row in found.items()}
 
     monkeypatch.setattr(evaluate, "methods", chosen)
-    monkeypatch.setattr(evaluate, "clock", lambda task: lambda plan: plan.steps)
+    monkeypatch.setattr(evaluate, "clock", lambda task: lambda method: method.recipe.plan.steps)
     monkeypatch.setattr(rivals, "CALIBRATION", range(100, 102))
 
 
@@ -107,9 +109,8 @@ def test_methods_are_those_of_the_papers_and_every_sampler(unet):
     found = of(Task(unet, "", Prompts([])))
     assert only(found["deepcache-n5-b3"]).plan.refresh == tuple(range(0, 100, 5))
     assert only(found["whole"]).plan == uncached(100) and list(found)[-1] == FLOOR
-    assert {each.recipe.sampler for each in found["uncached-20"].values()} == {*RIVALS} >= {"ddim", "unipc", "plms"}
+    assert {each.recipe.sampler for each in found["uncached-20"].values()} == {"ddim", "unipc", "plms"}
     assert all(each.recipe.plan == uncached(20) for each in found["uncached-20"].values())
-    assert only(found["ddim-20"]) in [each.recipe for each in found["uncached-20"].values()]
     assert only(found["l2p-n5-b1"]).plan == only(found["linear-n5-b1"]).plan == uniform(100, 5, 1, "linear")
     assert all("/" not in name for row in found.values() for name in row)
 
@@ -118,6 +119,19 @@ def test_guidance_takes_two_passes_a_step(worded):
     found = of(worded)
     assert {each.recipe.plan.steps for each in found["uncached-20"].values()} == {10}
     assert {each.recipe.guidance for row in found.values() for each in row.values()} == {3.0}
+
+
+def test_of_each_sampler_the_best_spacing_is_listed(worded):
+    """On the shortlist's seeds, with their prompts; the nearest first."""
+    target, errors = worded.images(calibrate.finest(worded), calibrate.SHORTLIST), {}
+    for sampler in calibrate.RIVALS:
+        for spacing in (SAMPLERS[sampler].spacing, "rho7"):
+            images = worded.images(worded.recipe(uncached(4), sampler, spacing=spacing), calibrate.SHORTLIST)
+            errors[sampler, spacing] = relative_l2(images, target).mean().item()
+    ranked = sorted(errors, key=errors.get)
+    expected = [next(kind for kind in ranked if kind[0] == name) for name in dict.fromkeys(kind[0] for kind in ranked)]
+    found = calibrate.off_the_shelf(worded, 4, target)
+    assert [(each.sampler, each.spacing) for each in found] == expected and len(found) == 3
 
 
 @pytest.mark.parametrize("flags", [("ddpm-250", 0.0), ("ddim-100", 1.0)])
@@ -190,9 +204,9 @@ def test_the_clock_knows_every_branch_and_times_it_once(unet, worded, monkeypatc
     timed = []
     monkeypatch.setattr(evaluate, "pass_seconds", lambda unet, branch=None: timed.append(branch) or (branch or 10.0))
     seconds = clock(Task(unet, "", Prompts([])))
-    assert [seconds(CachePlan(5, branch, (0, 4))) for branch in (1, 4, 1)] == [23.0, 32.0, 23.0]
-    assert seconds(uncached(3)) == 30.0 and timed == [None, 1, 4]
-    assert clock(worded)(uncached(3)) == 60.0
+    plans = [*(CachePlan(5, branch, (0, 4)) for branch in (1, 4, 1)), uncached(3)]
+    assert [seconds(Method(Recipe(plan))) for plan in plans] == [23.0, 32.0, 23.0, 30.0] and timed == [1, None, 4]
+    assert clock(worded)(Method(Recipe(uncached(3)))) == 60.0
 
 
 def test_a_pass_is_timed_with_a_context_as_long_as_a_prompt(worded, monkeypatch):
@@ -214,10 +228,12 @@ def test_table_of_errors(net, tmp_path, few, capsys):
     assert list(rows) == ["whole", *published, *cached, "uncached-5", FLOOR] and len(cached) == 1
     unet = evaluate.load(net)
     reference = sample(unet, range(2), sampler="dpm++2m", spacing="rho4", steps=20)
-    errors = {name: relative_l2(sample(unet, range(2), sampler=name, steps=5), reference) for name in RIVALS[:3]}
-    best = min(errors, key=lambda name: errors[name].mean())
+    kinds = [(name, spacing) for name in calibrate.RIVALS for spacing in (SAMPLERS[name].spacing, "rho7")]
+    errors = {kind: relative_l2(sample(unet, range(2), sampler=kind[0], spacing=kind[1], steps=5), reference)
+              for kind in kinds}  # fmt: skip
+    best = min(errors, key=lambda kind: errors[kind].mean())
     shown = rows["uncached-5"]
-    assert shown["sampler"].startswith(f"{best}, ")
+    assert shown["sampler"] == ", ".join(best)
     for name, value in {"error": errors[best].mean(), "worst": errors[best].max(),
                         "+-": (errors[best][0] - errors[best][1]).abs() / 2}.items():  # fmt: skip
         assert float(shown[name]) == pytest.approx(value.item(), rel=1e-3)
@@ -233,6 +249,25 @@ def test_table_of_errors(net, tmp_path, few, capsys):
     assert f"about {2 * (12 * 6 + 3 * 5 + 10) / 3600:.1f} hours" in capsys.readouterr().out
     drawn = {"error.png"} if find_spec("matplotlib") else set()  # an extra
     assert {"table.md", "samples.png", "pairs"} | drawn == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_smaller_network_has_a_row_with_its_own_cost_and_distance(net32, real, tmp_path, few):
+    other = random_unet(replace(SMALL, image_size=32, attention_resolutions=(), channel_mult=(1, 1)))
+    other.diffusion = Diffusion(num_timesteps=20, beta_end=0.2)
+    save(tmp_path / "other.pt", other)
+    flags = ["--like", "ddim-12", "--budgets", 5, "--pairs", 2, "--num", 3, "--real", real, "--out", tmp_path / "out"]
+    run("--ckpt", net32, *flags, "--smaller", tmp_path / "other.pt")
+    row, unet = rows_of(tmp_path / "out" / "table.md")["smaller"], evaluate.load(net32)
+    assert float(row["GMACs"]) == pytest.approx(12 * macs(other) / 1e9, rel=1e-3)
+    assert float(row["full passes"]) == pytest.approx(12 * macs(other) / macs(unet), rel=1e-3)
+    images = np.load(tmp_path / "out" / "smaller.npz")["arr_0"]
+    drawn = to_uint8(sample(evaluate.load(tmp_path / "other.pt"), range(3), steps=12))
+    assert np.array_equal(images, drawn) and float(row["Frechet distance"]) > 0
+
+
+def test_a_smaller_network_must_draw_the_same_kind_of_picture(net, net32):
+    with pytest.raises(ValueError, match=f"--smaller {net32} has another image_size than --ckpt: 32, not 16"):
+        run("--ckpt", net, "--smaller", net32)
 
 
 def test_prompts_and_guidance(worded, tmp_path, few):

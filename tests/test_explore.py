@@ -282,11 +282,21 @@ def test_prompts_are_shown_as_they_are(browser, tmp_path, unet, monkeypatch):
 
 def test_a_network_without_words(browser, tmp_path, monkeypatch):
     monkeypatch.setattr(explore, "INTERVALS", (1, 5))
-    monkeypatch.setattr(explore, "REFERENCE", 20)
+    monkeypatch.setattr(explore, "FINEST", {**explore.FINEST, "steps": 20})
     page = made(tmp_path, random_unet(), "--steps", "10", "--num", "2")
     assert data_of(page)["labels"] == ["seed 0", "seed 1"] and "guidance" not in data_of(page)["about"]
     browser.open(page)
     assert browser.value("document.querySelectorAll('#cached canvas').length") == 2
+
+
+def test_own_examples_are_taken_from_all_over(tmp_path, unet, monkeypatch):
+    monkeypatch.setattr(explore, "FINEST", {**explore.FINEST, "steps": 2})
+    monkeypatch.setattr(unet, "vocabulary", replace(WORDS, examples=("red", "apple", "cat", "script", "red cat")))
+    save(tmp_path / "net.pt", unet)
+    for asked, texts, seeds in ((None, ["red", "cat"], [0, 2]), (["cat", "apple"], ["cat", "apple"], [0, 1])):
+        stage = explore.prepared(str(tmp_path / "net.pt"), asked, num=2, steps=10)
+        assert stage.prompts.labels(stage.seeds) == texts and list(stage.seeds) == seeds
+        assert stage.prompts.guidance == WORDS.guidance and len(stage.reference) == 2
 
 
 def test_wrong_flags(tmp_path):

@@ -1,16 +1,21 @@
 import hashlib
 import io
+import os
+import struct
 import tarfile
+import threading
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import noise
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from minicache import data
-from minicache.data import shapes, source
+from minicache import data, reading
+from minicache.captions import captioned
+from minicache.data import each_image, shapes, source
 from minicache.files import replacing
 from minicache.images import BAND, fitted, grid, labelled, save_gif, save_png, to_tensor, to_uint8
 
@@ -105,6 +110,17 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_is_replaced_in_one_instant(tmp_path):
+    """Renamed, not copied: whoever is reading the old file goes on reading it, and no one ever sees half of the new."""
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with open(path) as old:
+        with replacing(path) as temporary:
+            temporary.write_text("the new one")
+            written = temporary.stat().st_ino
+        assert old.read() == "old" and path.stat().st_ino == written
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -148,6 +164,99 @@ def test_a_damaged_zip_is_refused(tmp_path):
     (tmp_path / "x.zip").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"a\.png in .*x\.zip is not an image that can be read"):
         source(str(tmp_path / "x.zip"), 16)
+
+
+def test_a_picture_of_16_bits_keeps_its_greys(tmp_path):
+    """Pillow's own conversion clips: of 65,536 levels it makes all from 255 on white."""
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(levels * 257).save(tmp_path / "grey.png")
+    (read,) = each_image(tmp_path, None)
+    assert np.array_equal(read, np.repeat(levels[..., None], 3, axis=2))
+
+
+def test_formats_go_by_the_content_and_run_no_programs(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4), (7, 8, 9)).save(tmp_path / "a.png", "GIF")
+    (read,) = each_image(tmp_path, None)
+    assert read[0, 0].tolist() == [7, 8, 9]
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was called"))
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(ValueError, match=r"a\.png .*is not an image that can be read: it is none of PNG, JPEG"):
+        source(str(tmp_path), 4)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    pipe = os.open(tmp_path / "x.png", os.O_RDWR)
+    closing = threading.Timer(3, os.close, [pipe])  # so that whoever reads it fails at last
+    closing.start()
+    with pytest.raises(ValueError, match=r"x\.png is no file of at most"):
+        source(str(tmp_path), 4)
+    closing.cancel()
+    os.close(pipe)
+
+
+def test_pictures_and_files_of_too_many_bytes_are_not_read(tmp_path, monkeypatch):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zipfile.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 8193, 8192, 8, 2, 0, 0, 0)
+    path = tmp_path / "large.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match=r"large\.png .*: it has 8193x8192 pixels, more than 67,108,864"):
+        source(str(tmp_path), 4)
+    path.write_bytes(png(5))
+    monkeypatch.setattr(reading, "LARGEST", 50)
+    (tmp_path / "captions.csv").write_text("large.png,a cat\n")
+    for read in (lambda: source(str(tmp_path), 4), lambda: captioned(tmp_path).images(4)):
+        with pytest.raises(ValueError, match=r"large\.png is no file of at most 50 bytes"):
+            read()
+    (tmp_path / "captions.csv").write_text("large.png,a cat\n" * 9)
+    with pytest.raises(ValueError, match=r"captions\.csv is no file of at most 50 bytes"):
+        captioned(tmp_path)
+
+
+def zipped(path, content: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A zip with one file, a.png, written to `path`; and its bytes."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.png", content)
+    return path.read_bytes()
+
+
+def test_a_zip_that_inflates_beyond_its_word_fills_no_memory(tmp_path):
+    path, bomb = tmp_path / "x.zip", bytes(30_000_000)
+    honest = zipped(path, bomb)
+    bombs = {
+        "too much": (lambda: zipped(path, bomb, zipfile.ZIP_BZIP2), "no stored or deflated file"),
+        "a lie": (lambda: path.write_bytes(honest.replace(struct.pack("<I", len(bomb)), struct.pack("<I", 99))), "CRC"),
+    }
+    for write, words in bombs.values():
+        write()
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=rf"a\.png in .*x\.zip is not an image that can be read: .*{words}"):
+            source(str(path), 4)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        tracemalloc.stop()
+
+
+def test_zips_that_cannot_be_read_are_sentences(tmp_path):
+    path = tmp_path / "x.zip"
+    whole = zipped(path, png(7), zipfile.ZIP_STORED)
+    central = whole.index(b"PK\x01\x02")
+    for at, value, words in (
+        (central + 8, 1, "encrypted"),
+        (central + 10, 99, "no stored or deflated file"),
+        (central + 6, 255, "zip file version"),
+        (central, 0, r"x\.zip is not a zip that can be read"),
+    ):
+        damaged = bytearray(whole)
+        damaged[at] = value
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=words) as error:
+            source(str(path), 4)
+        assert "\n" not in str(error.value)
 
 
 def test_photos_are_turned_as_their_camera_says(tmp_path):

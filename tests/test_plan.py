@@ -3,6 +3,7 @@ import json
 import pytest
 
 from minicache import CachePlan, Recipe, nonuniform, uncached, uniform
+from minicache.recipe import recipes_in
 
 
 def test_nonuniform_golden_lists():
@@ -11,6 +12,7 @@ def test_nonuniform_golden_lists():
     assert nonuniform(250, 10, 110, 1.2).refresh[9:14] == (94, 102, 108, 114, 121)
     assert nonuniform(10, 5, 0, 2.0).refresh == (0, 2)  # l = 0, sqrt(10) / 2: 10 / 4 = 2.5
     assert nonuniform(12, 4, 6, 1.0).refresh == (0, 4, 8)
+    assert nonuniform(50, 10, 50, 2.0).refresh == (0, 18, 32, 42, 48)  # 50 - 2 (5 - i)**2, whole, but not to rounding
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -53,7 +55,9 @@ def test_nonuniform_is_densest_about_the_center():
         (lambda: CachePlan(3, 3, (0, 1), (0, 0)), "alpha must be 3"),
         (lambda: CachePlan(3, 3, (0, 1), (0, 1, 0)), r"alpha\[1\]"),
         (lambda: CachePlan(4, 3, (0, 2), (0, 0.5, 0, 1)), r"alpha\[1\]"),
-        (lambda: CachePlan(4, 3, (0, 2), (0, 0, 0, float("inf"))), "finite"),
+        (lambda: CachePlan(4, 3, (0, 2), (0, 0, 0, float("inf"))), r"in -1000\.\.1000"),
+        (lambda: CachePlan(4, 3, (0, 2), (0, 0, 0, float("nan"))), r"in -1000\.\.1000"),
+        (lambda: CachePlan(4, 3, (0, 2), (0, 0, 0, 1e308)), r"in -1000\.\.1000"),
     ],
 )
 def test_wrong_plans_are_refused(make, words):
@@ -66,6 +70,15 @@ def test_plan_is_a_value():
     assert (
         uncached(3).refresh == (0, 1, 2) and not uncached(3).forecasts and uniform(10, 3, forecast="linear").forecasts
     )
+
+
+def test_a_folder_of_recipes_is_asked_for_those_that_fit(tmp_path):
+    recipes = [Recipe(uniform(9, 3, 1), "ddim", "trailing", fingerprint=its, start=start)
+               for its in (None, "abc", "def") for start in (None, 500)]  # fmt: skip
+    for k, recipe in enumerate(recipes):
+        recipe.save(tmp_path / f"{k}.json")
+    assert recipes_in(tmp_path, "abc") == [recipes[0], recipes[2]]
+    assert recipes_in(tmp_path, "abc", start=500) == [recipes[1], recipes[3]]
 
 
 def test_recipe_round_trip(tmp_path):
@@ -90,6 +103,13 @@ def test_recipe_round_trip(tmp_path):
         '{"plan": {"steps": 10}}',
         '{"plan": {"steps": 4, "branch": 3, "refresh": [1]}}',
         '{"plan": {"steps": 4, "branch": 3, "refresh": [0]}, "extra": 1}',
+        '{"plan": {"steps": 3, "branch": 3, "refresh": [0, 1], "alpha": [0, 0, 1e308]}}',
+        '{"plan": {"steps": 3, "branch": 3, "refresh": [0, 1], "alpha": [0, 0, 1' + "0" * 400 + "]}}",
+        '{"plan": {"steps": 1, "branch": 3, "refresh": [0]}, "sampler": {"t": [9], "weights": [[1e308]]}}',
+        '{"plan": {"steps": 1, "branch": 3, "refresh": [0]}, "sampler": {"t": [1' + "0" * 400 + '], "weights": [[1]]}}',
+        "[" * 100_000,
+        "[{}]",
+        "5",
     ],
 )
 def test_what_is_not_a_recipe_is_refused(tmp_path, content):

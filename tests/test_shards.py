@@ -1,16 +1,22 @@
 """Many pictures: killed, resumed and shared among processes, the set of images is the same, byte for byte."""
 
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, random_unet
 
+from minicache import shards
 from minicache.checkpoints import save
 from minicache.shards import ImageSet, fill
 from sample import main, parse
@@ -67,7 +73,6 @@ def test_what_was_interrupted_goes_on(tmp_path, name):
     with pytest.raises(Interrupted):
         fill(images, draw)
     assert not (tmp_path / "x.npz").exists()
-    (images.folder / ".000108.png.1.tmp.png").write_text("half a file")  # of a process that was killed
     rest = []
     assert fill(images, lambda seeds: (rest.append(seeds), images_of(seeds))[1]) == 3
     assert (drawn, rest) == ([range(100, 104), range(104, 108)], [range(108, 111)])
@@ -116,7 +121,7 @@ def test_other_settings_are_named(tmp_path):
             fill(ImageSet(tmp_path / "x", range(1), 4, {"plan": plan | other}), images_of)
 
 
-@pytest.mark.parametrize("text", ["[1]", "not JSON", '{"name": "an app"}'])
+@pytest.mark.parametrize("text", ["[1]", "not JSON", '{"name": "an app"}', "[" * 100_000])
 def test_a_manifest_of_something_else_is_left_alone(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest.json tells of something else than pictures drawn here"):
@@ -138,6 +143,148 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path, name):
     assert fill(images, images_of) == 0
 
 
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is the second of two; nobody is met."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(shards, "meet", lambda: None)
+
+
+def begin(out: Path, **manifest) -> ImageSet:
+    """A set whose first run was killed before the first picture."""
+
+    def killed(seeds):
+        raise Interrupted
+
+    images = ImageSet(out, range(4), 2, manifest)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setenv("RANK", "0")
+        fill(images, killed)
+    return images
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_what_is_left_of_a_killed_run_keeps_others_out(tmp_path, second_of_two, name):
+    """The first process is killed, the second one lives on: nobody may begin anew while it draws."""
+    images = begin(tmp_path / name, eta=0.5)
+
+    def draw(seeds):
+        with pytest.raises(ValueError, match="is being drawn into by another process"):
+            begin(tmp_path / name, eta=0.0)
+        return images_of(seeds)
+
+    assert fill(images, draw) == 2
+    assert json.loads((images.folder / "manifest.json").read_text())["eta"] == 0.5
+
+
+def test_what_is_left_of_a_killed_run_does_not_draw_into_another(tmp_path, second_of_two):
+    images = begin(tmp_path / "folder", eta=0.5)
+    begin(tmp_path / "folder", eta=0.0)
+    with pytest.raises(ValueError, match=r"was made with eta 0.0, not 0.5"):
+        fill(images, images_of)
+    assert [path.name for path in images.folder.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no parents there")
+def test_a_process_ends_with_its_launcher():
+    """Whatever it waits for: the pipe is closed when the process has ended."""
+    code = "import os, time, threading; from minicache.shards import end_with; print(os.getppid(), flush=True);"
+    code += "threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start(); time.sleep(600)"
+    launcher = subprocess.Popen(
+        ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, code], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert int(launcher.stdout.readline()) == launcher.pid
+    launcher.kill()
+    assert launcher.wait() == -signal.SIGKILL
+    assert select.select([launcher.stdout], [], [], 60)[0] and launcher.stdout.read() == b""
+    launcher.stdout.close()
+
+
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_threads_are_those_of_the_first_run(tmp_path, name):
+    """Sums are split among threads: another number of them changes the last bits."""
+    images, seen, before = ImageSet(tmp_path / name, range(6), 2, {"eta": 0.5}), [], torch.get_num_threads()
+
+    def draw(seeds):
+        seen.append(torch.get_num_threads())
+        if len(seen) == 2:
+            raise Interrupted
+        return images_of(seeds)
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(Interrupted):
+            fill(images, draw)
+        torch.set_num_threads(1)
+        assert fill(images, draw) == 4
+        assert seen == [2, 2, 2, 2] and torch.get_num_threads() == 1
+        assert fill(images, draw) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [0, -1, "two", 10**9, None])
+def test_a_number_of_threads_that_nobody_wrote_is_refused(tmp_path, threads):
+    images = begin(tmp_path / "folder", eta=0.5)
+    (images.folder / "manifest.json").write_text(json.dumps({"eta": 0.5, "threads": threads}))
+    with pytest.raises(ValueError, match="tells of something else"):
+        fill(images, images_of)
+
+
+def interrupted_set(out: Path) -> ImageSet:
+    """Two shards of three are there."""
+    images = ImageSet(out, range(11), 4, {"eta": 0.5})
+
+    def broken(seeds):
+        if seeds[0] == 8:
+            raise Interrupted
+        return images_of(seeds)
+
+    with pytest.raises(Interrupted):
+        fill(images, broken)
+    return images
+
+
+@pytest.mark.parametrize("size", [0, 20, -1])
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_a_file_that_is_cut_off_is_drawn_again(tmp_path, name, size):
+    images = interrupted_set(tmp_path / name)
+    file = images.files(range(4, 8))[0]
+    file.write_bytes(file.read_bytes()[:size])
+    assert fill(images, images_of) == 4 + 3
+    fill(ImageSet(tmp_path / "whole" / name, range(11), 4, {"eta": 0.5}), images_of)
+    assert contents(tmp_path / "whole" / name) == contents(tmp_path / name)
+
+
+def test_a_shard_of_too_few_images_is_drawn_again(tmp_path):
+    images = interrupted_set(tmp_path / "x.npz")
+    np.save(images.files(range(4, 8))[0], images_of(range(4, 6)))
+    assert fill(images, images_of) == 4 + 3
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], images_of(range(11)))
+
+
+@pytest.mark.parametrize("other", [np.zeros((4, 4, 5, 3), np.uint8), np.zeros((4, 4, 4, 3), np.float32)])
+def test_a_shard_of_other_images_is_named_and_all_are_kept(tmp_path, other):
+    images = interrupted_set(tmp_path / "x.npz")
+    np.save(images.files(range(4, 8))[0], other)
+    with pytest.raises(ValueError, match=r"000000004\.npy holds other images than .*000000000\.npy"):
+        fill(images, images_of)
+    assert len(list(images.folder.glob("*.npy"))) == 3 and not images.out.exists()
+
+
+def test_shards_are_removed_only_when_the_npz_reads_back(tmp_path, monkeypatch):
+    images = interrupted_set(tmp_path / "x.npz")
+    sums = count()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"arr_0\.npy reads back as something else"):
+        patch.setattr(zipfile, "crc32", lambda *_: next(sums))  # what is read has another than what was written
+        fill(images, images_of)
+    assert len(list(images.folder.glob("*.npy"))) == 3 and not images.out.exists()
+    assert fill(images, images_of) == 0 and images.out.exists()
+
+
 def test_killed_between_the_npz_and_the_end(tmp_path):
     images = ImageSet(tmp_path / "x.npz", range(4), 2, {"eta": 0.5})
     fill(images, images_of)
@@ -151,19 +298,24 @@ def test_files_of_unknown_origin_are_left_alone(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "000001.png").write_text("mine")
     np.savez(tmp_path / "x.npz", np.zeros(3))
-    for name in ("folder", "x.npz"):
+    (tmp_path / "text.npz").write_text("mine")
+    for name, text in (("list", "[1]"), ("number", "1"), ("broken", "{")):
+        with zipfile.ZipFile(tmp_path / f"{name}.npz", "w") as archive:
+            archive.writestr("manifest.json", text)
+    for name in ("folder", "x.npz", "text.npz", "list.npz", "number.npz", "broken.npz"):
         before = contents(tmp_path / name)
         with pytest.raises(ValueError, match="exists, and nothing tells how it was made"):
             fill(ImageSet(tmp_path / name, range(3), 2, {}), images_of)
         assert contents(tmp_path / name) == before
 
 
-def launch(net: Path, out: Path, *launcher: str, **kwargs) -> subprocess.Popen:
+def launch(net: Path, out: Path, *launcher: str, threads: int = 1, **kwargs) -> subprocess.Popen:
     command = [sys.executable, *launcher, "sample.py", "--ckpt", str(net), *FLAGS, "--out", str(out)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **kwargs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **kwargs)
 
 
-def test_two_processes_draw_the_same_bytes_as_one(net, tmp_path):
+def test_two_processes_draw_the_same_bytes_as_one_which_goes_on_with_them(net, tmp_path):
     for out in ("one", "two"):
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"] * (out == "two")
         done = launch(net, tmp_path / out, *torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -171,6 +323,10 @@ def test_two_processes_draw_the_same_bytes_as_one(net, tmp_path):
         assert done.returncode == 0, errors
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert "6 images drawn by the first of 2 processes" in output and output.count("11 images (seeds 0..10)") == 1
+    for path in sorted((tmp_path / "two").glob("*.png"))[4:]:
+        path.unlink()
+    assert launch(net, tmp_path / "two", threads=2, stdout=subprocess.DEVNULL).wait(120) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_killed_and_begun_again(net, tmp_path):

@@ -78,6 +78,31 @@ def test_the_step_is_the_equation_of_the_docstring(unet):
         assert relative(steps[j].x, y * a[j + 1] ** 0.5) < 1e-4
 
 
+def test_a_pull_is_more_guidance(conditional):
+    """eps of guidance g and v pulls are eps of guidance g + v; so they are at any time that the step looks back to."""
+    t, context = (900, 500, 100), torch.tensor([[1, 2], [3, 4]])
+    asked = {"seeds": range(2), "context": context, "plan": uncached(3)}
+    for weights, v in ((((1.0,),) * 3, 1.5), (((1.0,), (1.5, -0.5), (1.5, -0.5)), -0.5)):
+        pulls = tuple(tuple(v * w for w in row) for row in weights)
+        pulled = sample(conditional, guidance=2.0, sampler=Solver(t, weights, pulls=pulls), **asked)
+        guided = sample(conditional, guidance=2.0 + v, sampler=Solver(t, weights), **asked)
+        assert relative(pulled, guided) < 1e-5
+        assert relative(pulled, sample(conditional, guidance=2.0, sampler=Solver(t, weights), **asked)) > 1e-3
+
+
+def test_pulls_alone_may_look_back(conditional):
+    asked = {"seeds": range(2), "context": torch.tensor([[1, 2]]), "plan": uncached(2), "guidance": 2.0}
+    ones, pulls = ((1.0,), (1.0,)), ((0.0,), (0.0, 0.7))
+    first, second = denoise(conditional, sampler=Solver((900, 300), ones, pulls=pulls), **asked)
+    before = next(denoise(conditional, sampler=Solver((900, 300), ones), **asked))
+    assert torch.equal(first.x, before.x)
+    x, asked_for = torch.cat([noise(1, 3, 16, 16, seed=seed) for seed in range(2)]), asked["context"].expand(2, 2)
+    eps = [conditional.forward_full(x, 900, 1, ids)[0] for ids in (torch.zeros_like(asked_for), asked_for)]
+    a = conditional.diffusion.alpha_bar(300)
+    expected = (first.x - (1 - a) ** 0.5 * (second.eps + 0.7 * (eps[1] - eps[0]))) / a**0.5
+    assert relative(second.x, expected) < 1e-5
+
+
 def test_the_loop_remembers_as_much_as_the_longest_row_needs():
     assert SOLVER.entry.history == 2 and Solver((9,), ((1,),)).entry.history == 0
     x = torch.ones(1)
@@ -118,6 +143,17 @@ def test_a_name_is_a_text():
     assert str(SOLVER) == "fitted"
 
 
+@pytest.mark.parametrize("pulls", [((1.0,),), ((1.0, 2.0), (1.0,)), ((inf,), (1.0,)), 5, ((1.0,), 5)])
+def test_bad_pulls_are_refused(pulls):
+    with pytest.raises(ValueError, match=r"^a solver('s t| of 2 steps)"):
+        Solver((900, 500), ((1.0,), (1.0,)), pulls=pulls)
+
+
+def test_pulls_need_guidance():
+    with pytest.raises(ValueError, match="the solver weighs what guidance adds: it needs a guidance other than 1"):
+        Settings(uncached(2), Solver((900, 500), ((1.0,), (1.0,)), pulls=((0.0,), (0.1,))))
+
+
 def test_lists_become_tuples():
     made = Solver([9, 5.5], [[1], [1, 0.5]])
     assert made == Solver((9, 5.5), ((1,), (1, 0.5))) and type(made.t) is tuple and type(made.weights[1]) is tuple
@@ -128,6 +164,9 @@ def test_recipes_keep_solvers(tmp_path):
     recipe = Recipe(CachePlan(4, 1, (0, 1, 3), (0, 0, 0.5, 0)), SOLVER, guidance=3.0, fingerprint="abc", error=0.01)
     recipe.save(tmp_path / "r.json")
     assert Recipe.load(tmp_path / "r.json") == recipe
+    pulled = replace(recipe, sampler=replace(SOLVER, pulls=SOLVER.weights), guidance=2.0)
+    pulled.save(tmp_path / "r.json")
+    assert Recipe.load(tmp_path / "r.json") == pulled
     assert recipe.settings("abc")["sampler"] is SOLVER and recipe.spacing is None
 
 

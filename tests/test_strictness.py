@@ -1,11 +1,14 @@
 """What is wrong with a file, or contradicts it, is said in one sentence; and nothing half-written is left."""
 
 import json
+import os
 import pickle
 import re
 import subprocess
 import sys
-from dataclasses import replace
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +63,7 @@ def test_what_would_change_nothing_is_refused(tmp_path, unet):
         ["--image-size", "16"],
         ["--groups", "32"],
         ["--raw"],
-        ["--beta-end", "0.5"],
+        ["--beta-end", "0.1"],
         ["--variance", "fixed_small"],
     ):
         with pytest.raises(ValueError, match=r"says this itself|has its own|goes with"):
@@ -200,3 +203,150 @@ def test_a_silent_field_means_what_diffusers_assumes(tmp_path, unet):
         path.write_text(json.dumps({name: value for name, value in content.items() if name != field}))
         with pytest.raises(ValueError, match=field):
             read(tmp_path / "net")
+
+
+def own_file(path, unet: UNet, **change) -> Path:
+    """A file of our own format, of which some parts are changed."""
+    save(path, unet)
+    torch.save({**torch.load(path, weights_only=True), **change}, path)
+    return path
+
+
+def refused(path: Path, words: str, **settings) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        read(path, **settings)
+    assert "\n" not in str(error.value) and path.name in str(error.value)
+
+
+ODD = {
+    "complex": lambda w: w.to(torch.complex64),
+    "expanded": lambda w: torch.zeros(1).expand(w.shape),
+    "overlapping": lambda w: torch.zeros(w.numel() // 2).as_strided(w.shape, (1,) * w.ndim),
+    "sparse": lambda w: w.to_sparse(),
+    "meta": lambda w: w.to("meta"),
+    "nested": lambda w: torch.nested.nested_tensor([w[0], w[1]]),
+    "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")  # torch deprecates some of them
+def test_odd_tensors_are_refused_wherever_they_lie(tmp_path, unet, kind):
+    name = "M.0.conv1.weight"
+    odd = ODD[kind](unet.state_dict()[name])
+    refused(own_file(tmp_path / "x.pt", unet, state_dict={**unet.state_dict(), name: odd}), "not dense, real and all")
+    training = {"optimizer": {"state": {0: [odd]}}}
+    refused(own_file(tmp_path / "x.pt", unet, training=training), "not dense, real and all there")
+
+
+def test_a_number_is_finite_in_the_dtype_that_it_is_read_in(tmp_path, unet):
+    def with_weight(value: float, dtype: torch.dtype) -> Path:
+        weight = torch.full_like(unet.M[0].conv1.weight, value, dtype=dtype)
+        state = {**unet.state_dict(), "M.0.conv1.weight": weight}
+        return own_file(tmp_path / "x.pt", unet, state_dict=state)
+
+    refused(with_weight(1e300, torch.float64), "M.0.conv1.weight holds what is NaN or infinite as torch.float32")
+    with pytest.raises(ValueError, match=r"infinite as torch\.float32"):
+        main(parse([str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]))
+    assert not (tmp_path / "y.pt").exists()
+    refused(with_weight(1e5, torch.float32), "infinite as torch.float16", dtype=torch.float16)
+    refused(with_weight(1, torch.int64), "no tensor of floating-point numbers but a torch.int64")
+    assert (read(with_weight(1.5, torch.float8_e4m3fn)).M[0].conv1.weight == 1.5).all()
+
+
+@pytest.mark.parametrize(
+    "part, value, words",
+    [
+        ("state_dict", 5, "not a checkpoint of this version"),
+        ("state_dict", [1], "not a checkpoint of this version"),
+        ("config", [1], "not a checkpoint of this version"),
+        ("config", {"num_res_blocks": 10**9}, "in 1..65536"),
+        ("config", {"num_res_blocks": 33}, "num_res_blocks must be 32 at most"),
+        ("config", {"channel_mult": [1] * 17}, "levels 16 at most"),
+        ("config", {"channel_mult": [1, 10**12]}, "in 1..65536"),
+        ("config", {"model_channels": 32 * 10**9}, "in 1..65536"),
+        ("config", {"image_size": 10**9}, "in 1..65536"),
+        ("config", {"image_size": 2**14, "attention_resolutions": [2**13]}, "8192 at most"),
+        ("config", {"model_channels": 2**13}, "8192 at most"),
+        ("config", {"context_dim": 8, "num_tokens": 10**12}, "in 1..65536"),
+        ("config", {"dropout": "a"}, "not a checkpoint of this version"),
+        ("vocabulary", {"words": ["a"], "length": 3, "examples": [1]}, "not a checkpoint of this version"),
+        ("vocabulary", {"words": ["a"], "length": 3}, "1 words need a table"),
+    ],
+)
+def test_wrong_parts_of_our_own_format(tmp_path, unet, part, value, words):
+    if part == "config" and isinstance(value, dict):
+        value = {**asdict(unet.config), **value}
+    refused(own_file(tmp_path / "x.pt", unet, **{part: value}), words)
+
+
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("conv_in.weight", torch.tensor(1.0)),
+        ("conv_in.weight", torch.zeros(3)),
+        ("conv_in.weight", torch.zeros(0, 3, 3, 3)),
+        ("down.0.block.0.conv1.weight", torch.tensor(1.0)),
+    ],
+)
+def test_shapes_that_tell_no_network(tmp_path, unet, name, tensor):
+    torch.save({**foreign(unet, "pesser"), name: tensor}, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", "not a network of this kind", **BARE)
+
+
+def test_names_and_betas_of_other_kinds(tmp_path, unet):
+    first = {"input_blocks.0.0.weight": torch.zeros(1)}
+    for content, words in (
+        ({**foreign(unet, "diffusers new"), 5: torch.zeros(1)}, "not a network of this kind"),
+        ({**first, 5: torch.zeros(1)}, "not a network of this kind"),
+        ({**first, "betas": torch.zeros(0)}, "betas can be honoured"),
+        ({**first, "betas": torch.tensor(1.0)}, "betas can be honoured"),
+        ({**first, "betas": torch.rand(2, 2)}, "betas can be honoured"),
+        ({**first, "betas": torch.rand(2000)}, "betas can be honoured"),
+    ):
+        torch.save(content, tmp_path / "x.ckpt")
+        refused(tmp_path / "x.ckpt", words, **({} if "betas" in content else BARE))
+
+
+def test_arrays_that_are_no_floating_point_numbers(tmp_path, unet):
+    variables = tensorflow(unet)
+    for odd, words in (
+        (np.zeros(3, [("a", "f4")]), "no floating-point numbers"),
+        (np.zeros((3, 3, 3, 32), complex), "no floating-point numbers"),
+        (np.full((3, 3, 3, 32), 1e300), "NaN or infinite as torch.float32"),
+    ):
+        np.savez(tmp_path / "x.npz", **{**variables, "model/conv_in/W": odd})
+        refused(tmp_path / "x.npz", words, **BARE, raw=True)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("layers_per_block", 10**9), ("sample_size", 10**9), ("down_block_types", 5), ("dropout", "a"), ("dropout", [1])],
+)
+def test_configs_of_wrong_kinds_and_sizes(tmp_path, unet, field, value):
+    save_diffusers(tmp_path / "net", unet)
+    path = tmp_path / "net" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=r"config\.json is not a config that can be honoured"):
+        read(tmp_path / "net")
+
+
+@pytest.mark.parametrize("file", ["config.json", "scheduler_config.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "5", "{", '{"sample_size": 1' + "0" * 5000 + "}", "\udcff"])
+def test_texts_that_are_no_configs(tmp_path, unet, file, text):
+    save_diffusers(tmp_path / "net", unet)
+    (tmp_path / "net" / file).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{file} is not a .* that can be honoured"):
+        read(tmp_path / "net")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    pipe = os.open(tmp_path / "x.pt", os.O_RDWR)
+    os.write(pipe, b"hello")
+    closing = threading.Timer(3, os.close, [pipe])  # so that whoever reads it fails at last
+    closing.start()
+    refused(tmp_path / "x.pt", "there is no file")
+    closing.cancel()
+    os.close(pipe)

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -157,6 +158,19 @@ def test_a_state_that_is_not_whole_is_refused(tmp_path):
 def test_numbers_that_no_run_can_have(flags):
     with pytest.raises(ValueError, match=r"must be at least|need finite"):
         Settings(**flags)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+def test_a_second_run_is_refused_while_one_is_at_work(tmp_path, monkeypatch):
+    def meanwhile(*args):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"out: another run trains there"):
+            patch.setattr(train_tiny, "batch", batch)
+            main(out=str(tmp_path / "out"), **{**QUICK, "seed": 1})
+        return batch(*args)
+
+    monkeypatch.setattr(train_tiny, "batch", meanwhile)
+    last = main(out=str(tmp_path / "out"), **{**QUICK, "steps": 1})
+    assert torch.load(last, weights_only=True)["training"]["arguments"]["seed"] == 0
 
 
 def test_flags_are_the_settings(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """U-ViT: the official code's outputs, the published sizes, and the laws of every network with two passes."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,7 +127,14 @@ def test_what_does_not_fit_is_refused(uvit):
     x, cached_U = noise(2, 3, 8, 8), noise(2, 18, 32)
     for given, words in (
         ((x[..., :4], 0, cached_U, 1, None), "is not what"),
+        ((x.int(), 0, cached_U, 1, None), "is not what"),
+        ((x[0, 0, 0, 0], 0, cached_U, 1, None), "is not what"),
+        ((x, np.int64(5000), cached_U, 1, None), "t=5000 is not a timestep"),
+        ((x, torch.tensor([1, 2, 3]), cached_U, 1, None), "is not what"),
         ((x, 0, cached_U, 1, CLASSES.expand(2, 3)), "is not what"),
+        ((x, 0, cached_U, 1, CLASSES[:, 0]), "is not what"),
+        ((x, 0, cached_U, 1, CLASSES[:1]), "is not what"),
+        ((x, 0, cached_U, 1, noise(2, 1, 7)), "is not what"),
         ((x, 0, cached_U[:1], 1, None), "cached_U has shape"),
         ((x, 0, cached_U, 3, None), "branch=3 is not in 1..2"),
     ):
@@ -134,6 +142,24 @@ def test_what_does_not_fit_is_refused(uvit):
             uvit.forward_partial(*given)
     with pytest.raises(ValueError, match="is not what"):
         UViT(UViTConfig(8, 4, 32, 1, 4))(x, 0, CLASSES)
-    for config in (UViTConfig(9, 2, 32, 1, 4), UViTConfig(8, 2, 32, 1, 3)):
-        with pytest.raises(ValueError, match="patches must fill the image"):
-            UViT(config)
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("image_size", 9, "patches must fill the image"),
+        ("image_size", 10**9, "whole numbers in"),
+        ("image_size", 8192, "256 a side"),
+        ("patch_size", 0, "whole numbers in"),
+        ("channels", 32.0, "whole numbers in"),
+        ("heads", 3, "even multiple of heads"),
+        ("heads", 0, "whole numbers in"),
+        ("pairs", 10**9, "whole numbers in"),
+        ("pairs", 1000, "pairs must be 256 at most"),
+        ("num_tokens", -1, "whole numbers in"),
+        ("null_token", 5, "one of the num_tokens"),
+    ],
+)
+def test_what_no_uvit_has_is_refused_before_anything_is_built(field, value, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SMALL, **{field: value})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minicache.words import Vocabulary, words_in
+from minicache.words import Vocabulary, lines_of, words_in
 
 WORDS = Vocabulary(("cat", "dog", "face", "noto", "red"), length=4)
 
@@ -54,3 +54,15 @@ def test_examples_are_encoded():
 def test_vocabularies_that_make_no_sense_are_refused(words, length):
     with pytest.raises(ValueError):
         Vocabulary(words, length)
+
+
+def test_prompts_from_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("red cat\n\nblue café\n".encode())
+    assert lines_of(path) == ["red cat", "blue café"]
+    path.write_bytes(b"blue caf\xe9\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt is not a text in UTF-8"):
+        lines_of(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
+        lines_of(path)

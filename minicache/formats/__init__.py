@@ -20,6 +20,7 @@ from minicache.formats.compvis import COMPVIS
 from minicache.formats.diffusers import DIFFUSERS, weights_in
 from minicache.formats.pesser import PESSER
 from minicache.formats.tensorflow import TENSORFLOW
+from minicache.reading import understood
 from minicache.unet import UNet, UNetConfig
 
 __all__ = ["FAMILIES", "read", "weights_in"]
@@ -45,7 +46,8 @@ def read(
 ) -> UNet:
     """The network in the content of a foreign file; the arguments are those of `checkpoints.read`."""
     family = next((family for family in FAMILIES if family.mine(content)), None)
-    theirs = family.tensors(content, raw) if family else content
+    with understood(path, "a network of this kind"):
+        theirs = family.tensors(content, raw) if family else content
     refuse_other_things(path, theirs)
     if family is None:
         raise ValueError(f"{path} is not a network of this kind: no known family calls a tensor {next(iter(theirs))}")

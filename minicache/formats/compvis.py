@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minicache.diffusion import BETA_SCHEDULES, Diffusion
 from minicache.formats.family import CLASS_TABLE, TRANSFORMER, Dialect, Family
+from minicache.reading import understood
 
 PREFIX = "model.diffusion_model."
 NAMES = Dialect(
@@ -64,12 +65,13 @@ def told(path: Path, content: Mapping[str, Any]) -> tuple[None, Diffusion | None
     betas = state_of(content).get("betas")
     if not isinstance(betas, Tensor):
         return None, None
-    ends = [float(f"{beta:.6g}") for beta in (betas[0].item(), betas[-1].item())]
-    for schedule in BETA_SCHEDULES:
-        diffusion = Diffusion(len(betas), *ends, variance="fixed_small", beta_schedule=schedule)
-        if torch.allclose(diffusion.alphas_bar, torch.cumprod(1 - betas.double(), 0), rtol=1e-3):
-            return None, diffusion
-    raise ValueError(f"{path}: its betas, {ends[0]} to {ends[1]}, are none of {', '.join(BETA_SCHEDULES)}")
+    with understood(path, "a checkpoint whose betas can be honoured"):
+        ends = [float(f"{beta:.6g}") for beta in (betas[0].item(), betas[-1].item())]
+        for schedule in BETA_SCHEDULES:
+            diffusion = Diffusion(len(betas), *ends, variance="fixed_small", beta_schedule=schedule)
+            if torch.allclose(diffusion.alphas_bar, torch.cumprod(1 - betas.double(), 0), rtol=1e-3):
+                return None, diffusion
+        raise ValueError(f"its betas, {ends[0]} to {ends[1]}, are none of {', '.join(BETA_SCHEDULES)}")
 
 
 COMPVIS = Family(

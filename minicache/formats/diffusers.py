@@ -15,10 +15,10 @@ from minicache.formats.diffusers_config import (
     config_from_diffusers,
     config_to_diffusers,
     diffusion_from_diffusers,
-    read_json,
     scheduler_to_diffusers,
 )
 from minicache.formats.family import ATTENTION, CLASS_TABLE, TRANSFORMER, Dialect, Family
+from minicache.reading import read_whole
 from minicache.tensors import write
 from minicache.unet import UNet, UNetConfig
 
@@ -68,7 +68,7 @@ def told(path: Path, content: Mapping[str, Any]) -> tuple[UNetConfig | None, Dif
     """
     folder, config, diffusion = path.parent, None, None
     if (folder / "config.json").exists():
-        config = config_from_diffusers(folder / "config.json", read_json(folder / "config.json"))
+        config = config_from_diffusers(folder / "config.json", read_whole(folder / "config.json"))
         if config.context_dim and (table := content.get(f"{CLASS_TABLE}.weight")) is not None:
             config = replace(config, num_tokens=len(table), null_token=len(table) - 1)
     for scheduler in (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minicache.diffusion import Diffusion
+from minicache.reading import read_whole, understood
 from minicache.unet import UNetConfig
 
 # What each of their two networks must be set to, and what it assumes where config.json is silent.
@@ -68,76 +69,65 @@ A_LEVEL = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "num
            "only_cross_attention", "sample_size", "transformer_layers_per_block")  # fmt: skip
 
 
-def require(path: str | Path, content: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]) -> None:
+def require(content: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]) -> None:
     for name, (needed, default) in fields.items():
         if (value := content.get(name, default)) != needed:
-            raise ValueError(f"{path}: {name}={value!r} is not what this network does; it needs {needed!r}")
+            raise ValueError(f"{name}={value!r} is not what this network does; it needs {needed!r}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
-
-
-def config_from_diffusers(path: str | Path, content: dict[str, Any]) -> UNetConfig:
-    """The content of a config.json of UNet2DModel or UNet2DConditionModel, or a ValueError that names the field that
+def config_from_diffusers(path: str | Path, text: str | bytes) -> UNetConfig:
+    """The text of a config.json of UNet2DModel or UNet2DConditionModel, or a ValueError that names the field that
     cannot be honoured."""
-    for name in A_LEVEL:  # what may be said for each level
-        value = content.get(name)
-        if isinstance(value, list) and value and value == value[:1] * len(value):
-            content[name] = value[0]
-    context = content.get("_class_name") == "UNet2DConditionModel"
-    told = lambda adm: sum(content.get(name, default) == it for name, (it, default) in CONVENTIONS[adm].items())  # noqa: E731
-    adm = told(True) > told(False)
-    require(path, content, {**BOTH, **(UNET2DCONDITION if context else UNET2D), **CONVENTIONS[adm]})
-    size, widths = content.get("sample_size"), content.get("block_out_channels", [224, 448, 672, 896])
-    if type(size) is not int:
-        raise ValueError(f"{path}: sample_size={size!r} must be one whole number")
-    if not _whole_numbers(widths) or any(width % widths[0] for width in widths):
-        raise ValueError(f"{path}: block_out_channels={widths} must be multiples of the first")
-    channels = 4 if context else 3
-    try:
+    with understood(path, "a config that can be honoured"):
+        content = json.loads(text)
+        for name in A_LEVEL:  # what may be said for each level
+            value = content.get(name)
+            if isinstance(value, list) and value and value == value[:1] * len(value):
+                content[name] = value[0]
+        context = content.get("_class_name") == "UNet2DConditionModel"
+        told = lambda adm: sum(content.get(name, default) == it for name, (it, default) in CONVENTIONS[adm].items())  # noqa: E731
+        adm = told(True) > told(False)
+        require(content, {**BOTH, **(UNET2DCONDITION if context else UNET2D), **CONVENTIONS[adm]})
+        size, widths = content.get("sample_size"), content.get("block_out_channels", [224, 448, 672, 896])
+        if type(size) is not int:
+            raise ValueError(f"sample_size={size!r} must be one whole number")
+        if not _whole_numbers(widths) or any(width % widths[0] for width in widths):
+            raise ValueError(f"block_out_channels={widths} must be multiples of the first")
+        channels = 4 if context else 3
         return UNetConfig(
             image_size=size,
             model_channels=widths[0],
             channel_mult=tuple(width // widths[0] for width in widths),
             num_res_blocks=content.get("layers_per_block", 2),
-            attention_resolutions=tuple(size >> level for level in _attends(path, content, context)),
+            attention_resolutions=tuple(size >> level for level in _attends(content, context)),
             in_channels=content.get("in_channels", channels),
             out_channels=content.get("out_channels", channels),
             dropout=content.get("dropout") or 0.0,
             groups=content.get("norm_num_groups", 32),
             adm=adm,
-            **(_context(path, content) if context else {}),
+            **(_context(content) if context else {}),
         )
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def _attends(path: Path, content: Mapping[str, Any], context: bool) -> list[int]:
+def _attends(content: Mapping[str, Any], context: bool) -> list[int]:
     """The levels with attention, by the kinds of blocks."""
     kind, down, up = "CrossAttn" if context else "Attn", content.get("down_block_types"), content.get("up_block_types")
     levels = [level for level, name in enumerate(down or ()) if name == f"{kind}DownBlock2D"]
     count = len(content.get("block_out_channels", range(4)))
     if down != _block_types(count, levels, kind, "Down"):
-        raise ValueError(f"{path}: down_block_types={down} must be {count} of DownBlock2D, {kind}DownBlock2D")
+        raise ValueError(f"down_block_types={down} must be {count} of DownBlock2D, {kind}DownBlock2D")
     if up != _block_types(count, levels, kind, "Up")[::-1]:
-        raise ValueError(f"{path}: up_block_types={up} must mirror down_block_types")
+        raise ValueError(f"up_block_types={up} must mirror down_block_types")
     return levels
 
 
-def _context(path: Path, content: Mapping[str, Any]) -> dict[str, int]:
+def _context(content: Mapping[str, Any]) -> dict[str, int]:
     """What only UNet2DConditionModel has. Its attention_head_dim is, by a mistake of old, the number of heads."""
     name = "num_attention_heads" if content.get("num_attention_heads") else "attention_head_dim"
     sizes = {"context_dim": ("cross_attention_dim", 1280), "heads": (name, 8)}
     for theirs, default in sizes.values():
         if type(value := content.get(theirs, default)) is not int:
-            raise ValueError(f"{path}: {theirs}={value!r} must be one whole number, the same at all levels")
+            raise ValueError(f"{theirs}={value!r} must be one whole number, the same at all levels")
     return {ours: content.get(*field) for ours, field in sizes.items()}
 
 
@@ -173,15 +163,16 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 def diffusion_from_diffusers(path: Path) -> Diffusion:
     """scheduler_config.json of any scheduler, or a ValueError that names the field."""
-    content = read_json(path)
-    require(path, content, SCHEDULER)
-    return Diffusion(
-        num_timesteps=content.get("num_train_timesteps", 1000),
-        beta_start=content.get("beta_start", 1e-4),
-        beta_end=content.get("beta_end", 0.02),
-        variance=content.get("variance_type", "fixed_small"),
-        beta_schedule=content.get("beta_schedule", "linear"),
-    )
+    with understood(path, "a schedule that can be honoured"):
+        content = json.loads(read_whole(path))
+        require(content, SCHEDULER)
+        return Diffusion(
+            num_timesteps=content.get("num_train_timesteps", 1000),
+            beta_start=content.get("beta_start", 1e-4),
+            beta_end=content.get("beta_end", 0.02),
+            variance=content.get("variance_type", "fixed_small"),
+            beta_schedule=content.get("beta_schedule", "linear"),
+        )
 
 
 def scheduler_to_diffusers(config: UNetConfig, diffusion: Diffusion) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minicache.checkpoints import PRESETS
 from minicache.diffusion import Diffusion
+from minicache.reading import understood
 from minicache.unet import UNet, UNetConfig
 
 
@@ -113,7 +114,8 @@ class Dialect:
         PRESETS are recognised by their shapes, with their table of classes or without; None for another network where
         image_size or groups is missing. ValueError for another one with a context.
         """
-        shapes, attends = self.shapes(path, state)
+        with understood(path, "a network of this kind"):
+            shapes, attends = self.shapes(state)
         given = {"image_size": image_size, "groups": groups}
         shapes |= {name: value for name, value in given.items() if value is not None}
         unlike = {}  # preset -> what is not alike
@@ -132,7 +134,7 @@ class Dialect:
             return None
         return UNetConfig(attention_resolutions=tuple(image_size >> level for level in attends), **shapes)
 
-    def shapes(self, path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[int]]:
+    def shapes(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[int]]:
         """Fields of the config, and the levels with attention; ValueError for what is no such network."""
 
         def first(n: int, level: int, j: int = 0) -> Tensor | None:
@@ -143,7 +145,7 @@ class Dialect:
         conv_in = f"{self.conv_in}.weight"
         if not n or conv_in not in state:
             needed = f"{conv_in}, or the first convolution of {self.down.format(l=0, j=0, i=1)}"
-            raise ValueError(f"{path} is not a network of this kind: it lacks {needed}")
+            raise ValueError(f"it lacks {needed}")
         levels = next(level for level in range(len(state) + 1) if first(n, level) is None)
         attns = [self.down_attn.format(l=level, j=0, i=level * (n + 1) + 1) for level in range(levels)]
         channels, keys = len(state[conv_in]), state.get(f"{self.mid_attn}.{TRANSFORMER['attn2.k']}.weight")

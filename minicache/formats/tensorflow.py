@@ -21,10 +21,13 @@ def from_tensorflow(variables: Mapping[str, np.ndarray], raw: bool = False) -> d
     for name, value in variables.items():
         if match := pattern.fullmatch(name):
             path, parameter = match.groups()
+            if value.dtype.kind != "f":
+                raise ValueError(f"{name} is {value.dtype}, and no floating-point numbers")
             if not path.startswith("mid/"):  # whose block_1 is so named by pesser too
                 path = re.sub(r"(down|up|block|attn)_(\d+)", r"\1/\2", path)
             path = re.sub(r"dense(\d)", r"dense/\1", path).replace("/", ".")
-            tensor = torch.from_numpy(np.asarray(value, np.float32))
+            with np.errstate(over="ignore"):  # infinity is refused for all families alike
+                tensor = torch.from_numpy(np.asarray(value, np.float32))
             if tensor.ndim == 4:  # HWIO -> OIHW
                 tensor = tensor.permute(3, 2, 0, 1)
             elif tensor.ndim == 2:  # [in, out] -> [out, in], or that as a 1x1 convolution

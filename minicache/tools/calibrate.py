@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +41,13 @@ from minicache.words import Prompts, prompts_for
 CALIBRATION = range(10_000, 10_008)  # seeds that are fitted on
 CHECK = range(10_008, 10_024)  # seeds that choose
 HELD_OUT = range(32)  # seeds that nothing is chosen by, as sample.py's own
+SHORTLIST = CHECK[:4]  # seeds that say which samplers, and with which spacings, are checked
 BATCH = 16
 CACHED_FROM = 15  # steps: with fewer, a full step is worth more than the partial ones for its price
 RHOS = (3, 4, 5, 7)  # spacings that a fit begins with
 RIVALS = tuple(name for name, entry in SAMPLERS.items() if entry.noise != "variance" and not entry.twice)
+SPACINGS = (None, "rho3", "rho5", "rho7")  # of a rival; None: its own
+LISTED = 3  # rivals that are checked
 
 
 class Task(NamedTuple):
@@ -69,9 +72,20 @@ class Task(NamedTuple):
         return full_passes(self.unet, plan, self.prompts.guidance)
 
 
-def off_the_shelf(task: Task, steps: int) -> list[Recipe]:
-    """Uncached sampling by every deterministic sampler, with its default spacing."""
-    return [task.recipe(uncached(steps), name) for name in RIVALS]
+def finest(task: Task, part: int = 1) -> Recipe:
+    """The reference of all samplers without noise, or the like with a part of its steps."""
+    return task.recipe(uncached(FINEST["steps"] // part), FINEST["sampler"], spacing=FINEST["spacing"])
+
+
+def off_the_shelf(task: Task, steps: int, target: Tensor) -> list[Recipe]:
+    """Uncached sampling by the deterministic samplers, each with the best of a few spacings, that are nearest to the
+    target, which is the SHORTLIST's."""
+    found = {task.recipe(uncached(steps), name, spacing=spacing) for name in RIVALS for spacing in SPACINGS}
+    ranked = sorted(found, key=lambda each: (relative_l2(task.images(each, SHORTLIST), target).mean(), each.label))
+    best: dict[str, Recipe] = {}
+    for each in ranked:
+        best.setdefault(each.sampler, each)
+    return [*best.values()][:LISTED]
 
 
 def fits(task: Task, path: FinePath, budget: float) -> Iterator[Recipe]:
@@ -103,7 +117,7 @@ def fixed(task: Task, whole: Recipe, budget: float) -> Iterator[Recipe]:
 def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, known: Any) -> tuple[Recipe, list[Recipe]]:
     """The recipe that is best on CHECK, and the others that it was compared with; the best so far is kept in `out`."""
     if args.steps is None:
-        rivals, found = off_the_shelf(task, int(budget / task.cost(uncached(1)) + 1e-9)), {}
+        rivals, found = off_the_shelf(task, int(budget / task.cost(uncached(1)) + 1e-9), known("short")), {}
         with tqdm(fits(task, known("path"), budget), desc=f"budget {budget:g}", unit="fit", disable=None) as bar:
             for recipe in bar:
                 bar.set_postfix_str(f"error {recipe.error:.4f}")
@@ -154,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
         if not 2 * step <= budget <= most:
             raise ValueError(f"--budget {budget:g}: {args.ckpt} can be fitted for {2 * step:g} to {most:g} full passes")
     whole = None if args.steps is None else task.recipe(uncached(passes(args.steps, args.sampler)), args.sampler)
-    limit = whole or task.recipe(uncached(FINEST["steps"]), FINEST["sampler"], spacing=FINEST["spacing"])
+    limit = whole or finest(task)
     limit.timesteps(unet.diffusion)  # refuses now what it would refuse later
     folder = None if args.out.endswith(".json") else Path(args.out)
     prepare_out(Path(args.out), (".json",))
@@ -163,8 +177,9 @@ def main(args: argparse.Namespace) -> None:
     def known(name: str) -> Any:  # each takes a while, and is needed for all budgets
         if name == "path":
             return FinePath(task.unet, **task.where(CALIBRATION))
-        return {"whole": lambda: whole, "check": partial(task.images, limit, CHECK),
-                "held out": partial(task.images, limit, HELD_OUT)}[name]()  # fmt: skip
+        if name == "whole":
+            return whole
+        return task.images(limit, {"short": SHORTLIST, "check": CHECK, "held out": HELD_OUT}[name])
 
     for budget in args.budget:
         strength = f"-g{prompts.guidance:g}" if prompts.texts else ""

@@ -21,7 +21,9 @@ the first row, are those of passes timed here.
 Distance (--real): the Frechet distance to real images, in the features of the classifier that ships (32 x 32 pixels),
 or with --fid in Inception's; of --num pictures, the first of which are those with errors. Compare equal counts.
 
-Methods. whole: the uncached run of --like. uncached-COST: the best of all deterministic samplers, which its row names.
+Methods. whole: the uncached run of --like. uncached-COST: the best deterministic sampler with the best of a few
+spacings, as its row says; of all, those three are drawn that are best on four of calibrate's seeds. smaller: another
+network (--smaller) in the steps of --like. It draws other pictures, so that only its distance and its cost count.
 fitted-uncached-COST and fitted-cached-COST: what `calibrate` found for these weights and this guidance. In the steps of
 --like: deepcache, 1:N reuse (Ma et al. 2024) at the paper's branch for DDPM, 3, and at 1; and forecasts at branch 1:
 linear; l2p, with alphas fitted to features of other seeds, after L2P (2604.26365); spectrum, after Spectrum
@@ -37,7 +39,7 @@ import argparse
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +51,17 @@ from tqdm import tqdm
 from minicache.checkpoints import embedded_folder, fingerprint, load
 from minicache.cost import pass_seconds, plan_macs
 from minicache.files import replacing
-from minicache.fit import FINEST
 from minicache.images import grid, save_png, to_uint8
 from minicache.metrics import Samples, frechet_distance, inception, psnr, read_samples, relative_l2
 from minicache.placement import COMPILE, DTYPES, choose_placement, place
-from minicache.plan import CachePlan, uncached
-from minicache.recipe import Recipe, recipes_in
+from minicache.plan import uncached
+from minicache.recipe import recipes_in
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
 from minicache.tools import Parser, at_least, markdown
-from minicache.tools.calibrate import HELD_OUT, Task
+from minicache.tools.calibrate import HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
-from minicache.tools.methods import FLOOR, Method, draws_noise, finest, methods, same_run, whole_run
+from minicache.tools.methods import FLOOR, Method, draws_noise, methods, same_run, smaller, whole_run
 from minicache.words import prompts_for
 
 SHOWN = 8  # images a row of samples.png
@@ -73,14 +74,15 @@ LINES = {  # of error.png: its name, and how the names of its methods begin
 }
 
 
-def clock(task: Task) -> Callable[[CachePlan], float]:
-    """A function: plan -> seconds for an image. Each kind of pass is timed once."""
-    timed, passes_a_step = cache(partial(pass_seconds, task.unet)), task.cost(uncached(1))
+def clock(task: Task) -> Callable[[Method], float]:
+    """A function: method -> seconds for an image. Each kind of pass is timed once."""
+    timed, passes_a_step = cache(pass_seconds), task.cost(uncached(1))
 
-    def seconds(plan: CachePlan) -> float:
+    def seconds(method: Method) -> float:
+        unet, plan = (method.task or task).unet, method.recipe.plan
         partial_steps = plan.steps - len(plan.refresh)
-        full, rest = len(plan.refresh) * timed(), partial_steps * timed(plan.branch) if partial_steps else 0.0
-        return passes_a_step * (full + rest)
+        rest = partial_steps * timed(unet, plan.branch) if partial_steps else 0.0
+        return passes_a_step * (len(plan.refresh) * timed(unet) + rest)
 
     return seconds
 
@@ -98,8 +100,9 @@ class Pictures:
 
     def draw(self, method: Method, seeds: range) -> Tensor:
         """Final, unclipped images, float32 [len(seeds), C, H, W] on the CPU."""
-        settings = {**method.recipe.settings(self.task.fingerprint), **self.task.where(seeds)}
-        return sample(self.task.unet, cache=method.cache, **settings).cpu()
+        task = method.task or self.task
+        settings = {**method.recipe.settings(task.fingerprint), **task.where(seeds)}
+        return sample(task.unet, cache=method.cache, **settings).cpu()
 
     def keep(self, name: str, count: int, method: Method, draw: Callable[[range], np.ndarray]) -> Path:
         path, shards = self.folder / f"{name}.npz", {"num": count, "batch_size": self.batch_size}
@@ -123,9 +126,10 @@ class Pictures:
         return read_samples(self.keep(name, self.num, method, draw))
 
 
-def measured(name: str, recipe: Recipe, task: Task, images: Tensor, reference: Tensor) -> dict[str, Any]:
+def measured(name: str, method: Method, task: Task, images: Tensor, reference: Tensor) -> dict[str, Any]:
     """A row of the table."""
-    plan = recipe.plan
+    recipe, plan = method.recipe, method.recipe.plan
+    macs = plan_macs((method.task or task).unet, plan, recipe.guidance)
     errors, near = relative_l2(images, reference), psnr(images, reference)
     return {
         "method": name,
@@ -133,8 +137,8 @@ def measured(name: str, recipe: Recipe, task: Task, images: Tensor, reference: T
         "steps": plan.steps,
         "in full": len(plan.refresh),
         "branch": plan.branch if len(plan.refresh) < plan.steps else "",
-        "GMACs": plan_macs(task.unet, plan, recipe.guidance) / 1e9,
-        "full passes": task.cost(plan),
+        "GMACs": macs / 1e9,
+        "full passes": macs / plan_macs(task.unet, uncached(1)),
         "error": errors.mean().item(),
         "+-": errors.std().item() / len(errors) ** 0.5,
         "median": errors.median().item(),
@@ -187,18 +191,19 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompts=args.prompts, guidance=args.guidance)
     task = Task(place(unet, placement), weights, prompts)
     whole = whole_run(task, args.like, args.spacing, args.eta)
-    found = methods(task, whole, args.budgets, recipes_in(args.recipes or embedded_folder() / "recipes", weights))
+    other = smaller(task, whole, args.smaller, placement) if args.smaller else {}
+    recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
+    found = methods(task, whole, args.budgets, recipes) | other
     dtype = str(placement.dtype).removeprefix("torch.")
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": dtype}
     num = args.num or max(1000, args.pairs) if real else args.pairs
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
 
 
-def hours(pictures: Pictures, found: dict[str, dict[str, Method]], seconds: Callable[[CachePlan], float]) -> float:
+def hours(pictures: Pictures, found: dict[str, dict[str, Method]], seconds: Callable[[Method], float]) -> float:
     """What all pictures take, about; of the best of a row there are `num`."""
-    plans = {name: [method.recipe.plan for method in row.values()] for name, row in found.items()}
-    time = pictures.pairs * sum(seconds(plan) for row in plans.values() for plan in row)
-    rest = sum(seconds(row[0]) for name, row in plans.items() if name != FLOOR)
+    time = pictures.pairs * sum(seconds(method) for row in found.values() for method in row.values())
+    rest = sum(seconds(next(iter(row.values()))) for name, row in found.items() if name != FLOOR)
     return (time + (pictures.num - pictures.pairs) * rest) / 3600
 
 
@@ -208,19 +213,19 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(found)} methods, {pictures.num} pictures each: about {hours(pictures, found, seconds):.1f} hours")
     field, features = ("FID", inception()) if args.fid else ("Frechet distance", classifier_features)
     real = real and real.moments(features)
-    (name, method), *_ = next(iter(found.values())).items()
-    whole, like = method.recipe, pictures.paired(name, method)
+    (name, first), *_ = next(iter(found.values())).items()
+    whole, like = first.recipe, pictures.paired(name, first)
     noisy = draws_noise(whole)
-    target = like if noisy else pictures.paired("reference", Method(finest(task, FINEST["steps"])))
+    target = like if noisy else pictures.paired("reference", Method(finest(task)))
     rows, sheet = [], {"reference": target[:SHOWN]}
     for name, row_methods in tqdm(found.items(), desc="methods", unit="method", disable=None):
         drawn = [(pictures.paired(each, method), method) for each, method in row_methods.items()]
         images, method = min(drawn, key=lambda pair: relative_l2(pair[0], target).mean())
-        row = measured(name, method.recipe, task, images, target)
+        row = measured(name, method, task, images, target)
         if not noisy:
             nested = same_run(method.recipe, whole)
             row["to the same steps uncached"] = relative_l2(images, like).mean().item() if nested else None
-        row["speed-up"] = seconds(whole.plan) / seconds(method.recipe.plan)
+        row["speed-up"] = seconds(first) / seconds(method)
         if real and name != FLOOR:
             row[field] = frechet_distance(pictures.samples(name, method, images).moments(features), real)
         rows.append(row)
@@ -249,6 +254,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--spacing", help="of the steps that are cached (default: the sampler's)")
     add("--eta", type=float, default=0.0, help="noise of the ddim whose steps are cached, 0 to 1 (default: 0)")
     add("--recipes", help="folder of calibrated recipes (default: those that ship)")
+    add("--smaller", metavar="CKPT", help="another network for such pictures, with fewer MACs, to compare with")
     add("--real", help="cifar10 (the training set), or an npz, a folder or zip of images: measure distances to them")
     add("--num", type=int, help="pictures of each method for the distance (default: 1000)")
     add("--fid", action="store_true", help="Inception's features, by torch-fidelity, which downloads them once")

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minicache.checkpoints import load
-from minicache.cost import full_passes, macs, pass_seconds
+from minicache.cost import full_passes, macs_so_far, pass_seconds
 from minicache.files import replacing
+from minicache.fit import FINEST
 from minicache.images import picture, to_uint8
 from minicache.metrics import psnr, relative_l2
 from minicache.plan import FORECASTS, CachePlan, uncached, uniform
@@ -33,7 +33,7 @@ from minicache.sampling import denoise, sample
 from minicache.tools import Parser
 from minicache.tools.diagram import rows
 from minicache.unet import UNet
-from minicache.words import Prompts
+from minicache.words import Prompts, prompts_for
 
 INTERVALS = (1, 2, 3, 5, 10)
 BRANCHES = (1, 2, 3)
@@ -44,7 +44,6 @@ RIVALS: dict[str, dict[str, Any]] = {
     "UniPC": {"sampler": "unipc"},
     "PLMS": {"sampler": "plms2"},
 }
-REFERENCE = 200  # steps of DPM-Solver++(2M): every error is the distance to their pictures
 PICTURES = 6  # at most: what two rows on a phone have room for
 TALLEST = 16383  # pixels of a WebP
 
@@ -66,13 +65,12 @@ class Stage:
             frames.append(step.x0)
         frames[-1] = step.x
         passes = [None if i in plan.refresh else plan.branch for i in range(plan.steps)]
-        times = 1 if guidance == 1 else 2
         return step.x, {
             "full": [branch is None for branch in passes],
             "sheet": sheet(frames),
             "errors": [relative_l2(frame, self.reference).mean().item() for frame in frames],
-            "gmacs": list(accumulate(times * macs(self.unet, branch) / 1e9 for branch in passes)),
-            "ms": sum(1e3 * times * self.seconds[branch] for branch in passes),
+            "gmacs": [cost / 1e9 for cost in macs_so_far(self.unet, plan, guidance)],
+            "ms": sum(1e3 * self.seconds[branch] for branch in passes) * (1 if guidance == 1 else 2),
         }
 
     def rival(self, steps: int) -> dict[str, Any]:
@@ -89,24 +87,21 @@ def sheet(frames: Sequence[Tensor]) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def prepared(ckpt: str, asked: Sequence[str], num: int, steps: int) -> Stage:
+def prepared(ckpt: str, asked: list[str] | None, num: int, steps: int) -> Stage:
     """The network, its prompts (those asked for, or its own examples), the times of its passes, and the reference."""
     unet = load(ckpt)
-    T, side, words = unet.diffusion.num_timesteps, unet.config.image_size, unet.vocabulary
+    T, side = unet.diffusion.num_timesteps, unet.config.image_size
     most = min(T, TALLEST // side)
     if not 10 <= steps <= most:
         raise ValueError(f"--steps {steps} is not in 10..{most}, for pictures of {side} pixels and {T} timesteps")
     if unet.config.in_channels not in (1, 3):
         raise ValueError(f"{ckpt} draws {unet.config.in_channels} channels, which are no picture")
-    if asked and words is None:
-        raise ValueError(f"--prompt: {ckpt} cannot be told in words what to draw")
-    prompts, texts = Prompts([]), asked or (words.examples[:num] if words else ())
-    if texts:
-        prompts = Prompts(list(texts), words.encode(*texts), guidance=words.guidance)
-    seeds, batch = range(num), num if prompts.guidance == 1 else 2 * num
+    prompts = prompts_for(ckpt, unet, unet.vocabulary, prompt=asked)
+    spread = 1 if asked else max(1, len(prompts.texts) // num)  # over all of its own examples
+    seeds, batch = range(0, num * spread, spread), num if prompts.guidance == 1 else 2 * num
     seconds = {branch: pass_seconds(unet, branch, batch) for branch in (None, *branches_of(unet))}
-    settings = {"guidance": prompts.guidance, **prompts.context(seeds)}
-    reference = sample(unet, seeds, steps=min(REFERENCE, T), sampler="dpm++2m", progress=True, **settings)
+    settings = {**FINEST, "guidance": prompts.guidance, **prompts.context(seeds)}
+    reference = sample(unet, seeds, progress=True, **settings)
     return Stage(unet, prompts, seeds, reference, seconds)
 
 
@@ -143,18 +138,18 @@ def explore(stage: Stage, steps: int) -> dict[str, Any]:
 
 def conditions(ckpt: str, stage: Stage, steps: int) -> str:
     """What the figures are of, for the foot of the page."""
-    guidance, fine = stage.prompts.guidance, min(REFERENCE, stage.unet.diffusion.num_timesteps)
+    guidance, seeds = stage.prompts.guidance, ", ".join(map(str, stage.seeds))
     guided = "" if guidance == 1 else f", guidance {guidance:g}"
     return (
-        f"Checkpoint {Path(ckpt).name}, seeds 0 to {len(stage.seeds) - 1}{guided}, float32. With the cache: DDIM, "
-        f"{steps} steps. Error: relative L2 of the pictures, mean of {len(stage.seeds)}; the reference is "
-        f"{fine} steps of DPM-Solver++(2M). MACs: convolutions and linear layers. Time: passes of each kind, times the "
-        f"median of seven; CPU threads: {torch.get_num_threads()}."
+        f"Checkpoint {Path(ckpt).name}, seeds {seeds}{guided}, float32. With the cache: DDIM, {steps} steps. "
+        f"Error: relative L2 of the pictures, mean of {len(stage.seeds)}; the reference is {FINEST['steps']} steps of "
+        f"DPM-Solver++(2M). MACs: convolutions and linear layers. Time: passes of each kind, times the median of "
+        f"seven; CPU threads: {torch.get_num_threads()}."
     )
 
 
 def main(args: argparse.Namespace) -> None:
-    num, out = len(args.prompt) or PICTURES if args.num is None else args.num, Path(args.out)
+    num, out = len(args.prompt or ()) or PICTURES if args.num is None else args.num, Path(args.out)
     if not 1 <= num <= PICTURES:
         raise ValueError(f"{num} pictures are not in 1..{PICTURES}, what two rows on a phone have room for")
     if out.suffix != ".html":
@@ -172,7 +167,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minicache explore", doc=__doc__)
     add = parser.add_argument
     add("--ckpt", default="emoji", help="a checkpoint's name or path (default: emoji)")
-    add("--prompt", action="append", default=[], help="what to draw; repeat it for more (default: its own examples)")
+    add("--prompt", action="append", help="what to draw; repeat it for more (default: its own examples)")
     add("--num", type=int, help=f"pictures, at most {PICTURES} (default: one a prompt, else {PICTURES})")
     add("--steps", type=int, default=30, help="of DDIM (default: 30)")
     add("--out", default="explore.html", help="(default: explore.html)")

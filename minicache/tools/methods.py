@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from minicache.fit import FINEST, forecast
+from minicache.checkpoints import fingerprint, load
+from minicache.fit import forecast
+from minicache.placement import Placement, place
 from minicache.plan import CachePlan, PlanCache, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.samplers import SAMPLERS, passes
 from minicache.solver import Solver
-from minicache.tools.calibrate import CALIBRATION, Task, off_the_shelf
+from minicache.tools.calibrate import CALIBRATION, SHORTLIST, Task, finest, off_the_shelf
 
 INTERVALS = (2, 3, 5, 10)  # of the plans that are published
 FLOOR = "floor"
@@ -49,6 +51,7 @@ class Method(NamedTuple):
 
     recipe: Recipe
     cache: Callable[[CachePlan], PlanCache] = PlanCache
+    task: Task | None = None  # of another network
 
 
 def learned(task: Task, recipe: Recipe) -> Method:
@@ -61,11 +64,6 @@ def learned(task: Task, recipe: Recipe) -> Method:
 def draws_noise(recipe: Recipe) -> bool:
     """Whether images depend on noise beside x_T, and so on the number of steps."""
     return recipe.entry.noise == "variance" or recipe.eta > 0
-
-
-def finest(task: Task, steps: int) -> Recipe:
-    """The reference of all samplers without noise, or the like with another number of steps."""
-    return task.recipe(uncached(steps), FINEST["sampler"], spacing=FINEST["spacing"])
 
 
 def whole_run(task: Task, like: str, spacing: str | None, eta: float) -> Recipe:
@@ -111,10 +109,23 @@ def fitted(task: Task, whole: Recipe, recipes: Iterable[Recipe]) -> dict[str, di
     return found
 
 
-def fewer_steps(task: Task, whole: Recipe, budget: float) -> dict[str, dict[str, Method]]:
-    """Uncached runs for this cost: of all deterministic samplers, and of that of `whole`."""
+def smaller(task: Task, whole: Recipe, ckpt: str, placement: Placement) -> dict[str, dict[str, Method]]:
+    """Another network in the steps of `whole`. ValueError where it cannot be asked for the same pictures."""
+    unet = load(ckpt)
+    for name in ("image_size", "in_channels", "context_dim", "vocabulary"):
+        theirs, ours = (getattr(each if name == "vocabulary" else each.config, name) for each in (unet, task.unet))
+        if theirs != ours:
+            raise ValueError(f"--smaller {ckpt} has another {name} than --ckpt: {theirs}, not {ours}")
+    other = Task(place(unet, placement), fingerprint(unet), task.prompts)
+    recipe = other.recipe(whole.plan, whole.sampler, spacing=whole.spacing, eta=whole.eta)
+    return {"smaller": {f"smaller-{name_of(recipe)}": Method(recipe, task=other)}}
+
+
+def fewer_steps(task: Task, whole: Recipe, budget: float, target: Tensor | None) -> dict[str, dict[str, Method]]:
+    """Uncached runs for this cost: of those deterministic samplers that come near to the target, the reference of a few
+    seeds, where there is one; and of the sampler of `whole`."""
     steps = int(budget / task.cost(uncached(1)) + 1e-9)
-    kinds = {} if draws_noise(whole) else {"uncached": off_the_shelf(task, steps)}
+    kinds = {} if target is None else {"uncached": off_the_shelf(task, steps, target)}
     if steps > 2 or not whole.entry.twice:
         kinds[whole.sampler] = [replace(whole, plan=uncached(steps))]
     return {f"{kind}-{budget:g}": {name_of(each): Method(each) for each in row} for kind, row in kinds.items()}
@@ -135,10 +146,11 @@ def methods(
     found = {"whole": {name_of(whole): Method(whole)}}
     found |= {name: {name: method} for name, method in published(task, whole).items()}
     found |= fitted(task, whole, recipes)
+    target = None if draws_noise(whole) else task.images(finest(task), SHORTLIST)
     for budget in budgets:
-        found |= fewer_steps(task, whole, budget)
+        found |= fewer_steps(task, whole, budget, target)
     if not draws_noise(whole):
-        found[FLOOR] = {FLOOR: Method(finest(task, FINEST["steps"] // 2))}
+        found[FLOOR] = {FLOOR: Method(finest(task, part=2))}
     for row in found.values():
         for method in row.values():
             method.recipe.timesteps(task.unet.diffusion)
