@@ -86,8 +86,7 @@ class Settings:
         at_least(self, steps=1, batch_size=1, preview_every=1, save_every=1)
         at_least(self, most=2**32, seed=0)
         if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.ema < 1 > self.jitter >= 0):
-            given = f"{self.lr}, {self.weight_decay}, {self.ema} and {self.jitter}"
-            raise ValueError(f"need finite lr > 0 and weight_decay >= 0, 0 <= ema < 1 and 0 <= jitter < 1, not {given}")
+            raise ValueError(f"need finite lr > 0 and weight_decay >= 0, ema and jitter at least 0 and below 1: {self}")
 
     @property
     def folder(self) -> Path:
@@ -199,37 +198,28 @@ class Training:
     def restore(self) -> None:
         """Put everything back as the checkpoint has it. ValueError where its network or its arguments are others."""
         last = self.settings.last
-        if not last.exists():
-            raise ValueError(f"nothing to resume: there is no {last}")
         content = read_file(last)
         if "training" not in content:
             raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
         try:
-            self.take_over(content)
+            state, words = content["training"], self.unet.vocabulary and self.unet.vocabulary.words
+            if words != content.get("vocabulary", {}).get("words"):
+                raise ValueError(f"{last} was trained with other words than the captions' in {self.settings.data}")
+            here = {**asdict(self.settings), **asdict(self.unet.config), **asdict(self.unet.diffusion)}
+            there = {**content["config"], **content["diffusion"], **state["arguments"]}
+            for name, value in there.items():
+                if (now := here.get(name)) != value:
+                    raise ValueError(f"{last} was trained with {name}={value!r}, not {now!r}: use the same flags")
+            self.average.load_state_dict(content["state_dict"])
+            self.unet.load_state_dict(state["unet"])
+            self.optimizer.load_state_dict(state["optimizer"])  # by position, and unchecked
+            fits = all(self.optimizer.state[p]["exp_avg"].shape == p.shape for p in self.unet.parameters())
+            if not fits or type(state["step"]) is not int or state["step"] < 0:
+                raise ValueError(f"{last} is of another version, or damaged: begin anew, with --init {last}")
+            self.step, self.usual = state["step"], [float(state.get("usual", self.usual)[k]) for k in range(BINS)]
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            what = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise ValueError(f"{last} cannot be resumed from, as its state is not whole ({what})") from None
-
-    def take_over(self, content: dict[str, Any]) -> None:
-        """What `restore` has read. ValueError as there, and anything at all where the content is not whole."""
-        last, state = self.settings.last, content["training"]
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise ValueError(f"{last} cannot be resumed from: its step is {state['step']!r}")
-        words = self.unet.vocabulary and self.unet.vocabulary.words
-        if words != content.get("vocabulary", {}).get("words"):
-            raise ValueError(f"{last} was trained with other words than those of the captions in {self.settings.data}")
-        here = {**asdict(self.settings), **asdict(self.unet.config), **asdict(self.unet.diffusion)}
-        there = {**content["config"], **content["diffusion"], **state["arguments"]}
-        for name, value in there.items():
-            if (now := here.get(name)) != value:
-                raise ValueError(f"{last} was trained with {name}={value!r}, not {now!r}: use the same flags")
-        self.average.load_state_dict(content["state_dict"])
-        self.unet.load_state_dict(state["unet"])
-        self.optimizer.load_state_dict(state["optimizer"])  # by position, and unchecked
-        if any(self.optimizer.state[p]["exp_avg"].shape != p.shape for p in self.unet.parameters()):
-            raise ValueError(f"{last} was begun by another version: begin anew, with --init {last}")
-        self.usual = [float(state["usual"][k]) for k in range(BINS)] if "usual" in state else self.usual
-        self.step = state["step"]
+            said = f"{last} cannot be resumed from: {type(error).__name__}, {error}".partition("\n")[0]
+            raise ValueError(said) from None
 
 
 def network(settings: Settings, vocabulary: Vocabulary | None) -> UNet:

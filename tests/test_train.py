@@ -108,7 +108,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="nothing to resume"):
+    with pytest.raises(ValueError, match="there is no file"):
         main(out=str(tmp_path), resume=True, **QUICK)
     main(out=str(tmp_path), **{**QUICK, "steps": 1})
     with pytest.raises(ValueError, match="add --resume"):
@@ -142,7 +142,7 @@ def test_a_state_that_is_not_whole_is_refused(tmp_path):
         if value is None:
             del training[name]
         torch.save({**content, "training": training}, last)
-        with pytest.raises(ValueError, match="cannot be resumed from") as error:
+        with pytest.raises(ValueError, match=r"cannot be resumed from|or damaged") as error:
             main(out=str(tmp_path), resume=True, **QUICK)
         assert "\n" not in str(error.value)
     for name in ("training", "config", "state_dict", "vocabulary"):
