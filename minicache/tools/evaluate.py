@@ -15,7 +15,7 @@ fewer steps only the distance counts.
 Seeds: calibrate's HELD_OUT, by which nothing is chosen, but the best sampler of the rows "uncached".
 Error: relative L2 of the final, unclipped image to the reference of the same seed, with the standard error of the mean;
 PSNR in dB likewise, of the clipped image. The row "floor" is the reference with half as many steps: errors near it say
-nothing. "to the same steps uncached" is the mean error to the row "whole" instead, for caches in the steps of --like.
+nothing. "to whole" is the mean error to the row "whole" instead, for those who must have the pictures of --like.
 Cost: MACs of convolutions and linear layers, in full passes of the network; guidance takes two a step. Speed-ups, over
 the first row, are those of passes timed here.
 Distance (--real): the Frechet distance to real images, in the features of the classifier that ships (32 x 32 pixels),
@@ -61,7 +61,7 @@ from minicache.shards import ImageSet, fill
 from minicache.tools import Parser, at_least, markdown
 from minicache.tools.calibrate import HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
-from minicache.tools.methods import FLOOR, Method, draws_noise, methods, same_run, smaller, whole_run
+from minicache.tools.methods import FLOOR, Method, draws_noise, methods, smaller, whole_run
 from minicache.words import prompts_for
 
 SHOWN = 8  # images a row of samples.png
@@ -223,8 +223,7 @@ def main(args: argparse.Namespace) -> None:
         images, method = min(drawn, key=lambda pair: relative_l2(pair[0], target).mean())
         row = measured(name, method, task, images, target)
         if not noisy:
-            nested = same_run(method.recipe, whole)
-            row["to the same steps uncached"] = relative_l2(images, like).mean().item() if nested else None
+            row["to whole"] = relative_l2(images, like).mean().item()
         row["speed-up"] = seconds(first) / seconds(method)
         if real and name != FLOOR:
             row[field] = frechet_distance(pictures.samples(name, method, images).moments(features), real)
