@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -187,10 +188,9 @@ def difference(images: np.ndarray, uncached: np.ndarray) -> str:
     x, reference = to_tensor(images), to_tensor(uncached)
     decibels, largest = psnr(x, reference), (x - reference).abs().max() * 127.5
     pooled = psnr(x[None].flatten(1), reference[None].flatten(1)).item()
-    psnrs = (
-        f"{pooled:.1f} dB; of single pictures {decibels.quantile(0.5):.1f} dB (median), {decibels.min():.1f} dB (worst)"
-    )
-    return f"PSNR to uncached, of all pixels together {psnrs}; largest difference {largest:.0f} of 255"
+    single = f"{median(decibels.tolist()):.1f} dB (median), {decibels.min():.1f} dB (worst)"
+    psnrs = f"of all pixels together {pooled:.1f} dB; of single pictures {single}"
+    return f"PSNR to uncached, {psnrs}; largest difference {largest:.0f} of 255"
 
 
 def sheet_of(images: np.ndarray, labels: list[str], scale: int) -> np.ndarray:

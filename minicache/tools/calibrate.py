@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -147,7 +148,7 @@ def report(task: Task, compared: list[Recipe], target: Tensor) -> str:
         steps = f"{len(plan.refresh)} full, {partial_steps} partial"
         rows.append({"sampler": recipe.label, "steps": steps,
                      "cost": task.cost(plan), "error": spread,
-                     "median": e.quantile(0.5).item(), "worst": e.max().item()})  # fmt: skip
+                     "median": median(e.tolist()), "worst": e.max().item()})  # fmt: skip
     return markdown(rows)
 
 

@@ -41,6 +41,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -141,10 +142,10 @@ def measured(name: str, method: Method, task: Task, images: Tensor, reference: T
         "full passes": macs / plan_macs(task.unet, uncached(1)),
         "error": errors.mean().item(),
         "+-": errors.std().item() / len(errors) ** 0.5,
-        "median": errors.quantile(0.5).item(),
+        "median": median(errors.tolist()),
         "worst": errors.max().item(),
         "PSNR": near.mean().item(),
-        "median PSNR": near.quantile(0.5).item(),
+        "median PSNR": median(near.tolist()),
     }
 
 
