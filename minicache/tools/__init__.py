@@ -47,7 +47,9 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
     So is a lack of memory. Any other exception is a bug and keeps its traceback; with --debug, all do.
     """
     try:
-        sys.exit(command() or 0)
+        code = command() or 0
+        print(end="", flush=True)  # as Python would do it after all this, where nothing is caught
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
