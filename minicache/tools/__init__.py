@@ -106,16 +106,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(map(text, line))} |\n" for line in table)
 
 
-def prepare_out(out: Path, endings: tuple[str, ...]) -> None:
+def prepare_out(out: Path, endings: tuple[str, ...], folder: bool = True) -> None:
     """Make the folder of --out, or --out itself where it has no ending. ValueError where nothing can be written there.
+
+    folder: whether it may be one.
 
     To be called before the work, as it would be a pity after it.
     """
     is_folder = out.suffix == ""
     if not out.name:
         raise ValueError(f"--out {out} needs a name: a file, or a folder of its own for the pictures")
-    if not is_folder and out.suffix not in endings:
-        allowed = f"must be {', '.join(endings)}, or none, for a folder of PNGs" if endings else "is not a folder's"
+    if out.suffix not in endings and not (is_folder and folder):
+        allowed = f"must be {', '.join(endings)}" if endings else "is not a folder's"
+        allowed += ", or none, for a folder" if endings and folder else ""
         raise ValueError(f"--out {out}: the ending {allowed}")
     if out.exists() and out.is_dir() != is_folder:
         raise ValueError(f"--out {out}: there is a {'file' if is_folder else 'folder'} of that name")

@@ -117,7 +117,7 @@ def best_plan(unet: UNet, guidance: float, cached: CachePlan) -> Recipe:
 def main(args: argparse.Namespace) -> None:
     at_least(args, most=PICTURES, num=1)
     at_least(args, seed=0)
-    prepare_out(args.out, (".gif",))
+    prepare_out(args.out, (".gif",), folder=False)
     unet, seeds = load(args.ckpt), range(args.seed, args.seed + args.num)
     if unet.config.adm:
         raise ValueError(f"{args.ckpt} draws latents, which are no pictures")
