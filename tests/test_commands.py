@@ -112,6 +112,13 @@ def test_what_cannot_be_printed_is_one_sentence(arguments):
     assert (done.returncode, done.stderr) == (2, sentence)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell of POSIX")
+def test_nobody_need_listen():
+    code = "from tqdm import tqdm; from minicache.tools import run; run('x', lambda: sum(tqdm([0, 3], disable=None)))"
+    closed = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, code]
+    assert subprocess.run(closed, cwd=ROOT).returncode == 3
+
+
 def test_an_interruption_exits_as_the_shell_expects(capsys):
     assert said(capsys, KeyboardInterrupt(), 130) == ""
 

@@ -46,6 +46,9 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
 
     So is a lack of memory. Any other exception is a bug and keeps its traceback; with --debug, all do.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # it was closed (2>&-), and progress bars would be an error
+            setattr(sys, stream, open(os.devnull, "w"))
     try:
         code = command() or 0
         print(end="", flush=True)  # as Python would do it after all this, where nothing is caught
