@@ -56,7 +56,7 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(141)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         said = str(error).strip()
@@ -67,7 +67,16 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
             where = error.filename2 or error.filename  # of a renaming, the new name: the other one is temporary
             said = f"{where}: {error.strerror}" if where else error.strerror
         print(f"{name}: {said.splitlines()[0] if said else type(error).__name__}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the disk is full there, and Python would try once more
+            drop_output()
         sys.exit(2)
+
+
+def drop_output() -> None:
+    """Send what is still to be printed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
