@@ -26,8 +26,8 @@ def commands() -> dict[str, str]:
 def main() -> None:
     name, known = sys.argv[1] if len(sys.argv) > 1 else "--help", commands()
     if name in ("-h", "--help"):
-        print(__doc__.strip() + "\n")
-        print("\n".join(f"  {command:11} {what}" for command, what in known.items()))
+        lines = [f"  {command:11} {what}" for command, what in known.items()]
+        run("minicache", lambda: print(__doc__.strip(), "", *lines, sep="\n"))
     elif name not in known:
         print(f"minicache: there is no command {name!r}; there are {', '.join(known)}", file=sys.stderr)
         sys.exit(2)

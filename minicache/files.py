@@ -29,7 +29,9 @@ TEMPORARY = re.compile(rf"\.(.+)\.{re.escape(platform.node())}-(\d{{1,9}})\.tmp(
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` at the end, removed if anything goes wrong."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # what a link leads to is replaced, and not the link
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a device, a pipe or a socket, which a file would replace")
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)

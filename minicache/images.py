@@ -68,6 +68,7 @@ def labelled(images: np.ndarray, labels: Sequence[str], columns: int | None = No
 
 def fitted(label: str, width: int) -> tuple[list[str], Font, int]:
     """Lines of at most `width` pixels that fit in BAND, their font, and the distance from line to line."""
+    label = label[: 4 * width]  # no more letters are seen, and to measure a million of them again and again takes days
     for size in FONT_SIZES:
         font, pitch = default_font(size), size + 1
         lines, room = wrapped(label, width, font), 1 + int((BAND - font.getbbox("gj")[3]) / pitch)

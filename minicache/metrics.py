@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minicache.data import cifar10, each_image, image_files
-from minicache.reading import understood
+from minicache.data import MOST_PIXELS, cifar10, each_image, image_files
+from minicache.reading import LARGEST, understood
 from minicache.sampling import Step
 
 PIECE = 64  # images that are held at a time
@@ -112,20 +112,28 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
             shape, by_columns, dtype = read[np.lib.format.read_magic(file)](file)
             if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or by_columns:
                 raise ValueError(f"it is {dtype} {list(shape)}; need uint8 [N, H, W, 3]")
+            if math.prod(shape[1:3]) > MOST_PIXELS:
+                raise ValueError(f"it has pictures of {shape[2]}x{shape[1]} pixels, more than {MOST_PIXELS:,}")
             yield file, shape
 
 
 def npz_pieces(path: Path) -> Iterator[np.ndarray]:
     with opened(path) as (file, (count, *shape)):
-        for k in range(0, count, PIECE):
-            content = bytearray(file.read(min(PIECE, count - k) * math.prod(shape)))
+        most = held(shape)
+        for k in range(0, count, most):
+            content = bytearray(file.read(min(most, count - k) * math.prod(shape)))
             yield np.frombuffer(content, np.uint8).reshape(-1, *shape)
 
 
 def image_pieces(path: Path) -> Iterator[np.ndarray]:
     images = each_image(path, None)
-    while piece := list(islice(images, PIECE)):
-        yield np.stack(piece)
+    for first in images:
+        yield np.stack([first, *islice(images, held(first.shape) - 1)])
+
+
+def held(shape: Sequence[int]) -> int:
+    """How many images [H, W, 3] make a piece: PIECE, or what LARGEST bytes hold; even files of a few kB may hold GB."""
+    return max(1, min(PIECE, LARGEST // max(1, math.prod(shape))))
 
 
 def inception() -> Callable[[np.ndarray], Tensor]:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -117,7 +116,7 @@ class ImageSet:
         """
         if self.complete:
             self.check(self.out, packed_manifest(self.out))
-            shutil.rmtree(self.folder, ignore_errors=True)  # left by a process that was killed at the very end
+            self.discard()  # left by a process that was killed at the very end
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +188,14 @@ class ImageSet:
             with zipfile.ZipFile(temporary) as archive:
                 if broken := archive.testzip():
                     raise OSError(f"{self.out} cannot be written: {broken} reads back as something else")
-        shutil.rmtree(self.folder)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the shards of an .npz, and their folder, unless it holds what somebody else has put there."""
+        for path in (*(self.files(shard)[0] for shard in self.shards), self.folder / "manifest.json"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 def whole_png(path: Path) -> bool:

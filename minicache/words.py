@@ -15,6 +15,8 @@ from torch import Tensor
 from minicache.reading import understood
 from minicache.unet import UNet
 
+LONGEST = 1 << 24  # bytes of a file of prompts
+
 
 def words_in(caption: str) -> list[str]:
     """Lower-case words of letters, each once, in the order of their first occurrence: "Red, red rose" -> red, rose."""
@@ -138,7 +140,11 @@ def classes(labels: list[int], number: int) -> tuple[list[str], Tensor]:
 def lines_of(path: str | Path) -> list[str]:
     """The lines of a file of prompts that hold one; ValueError where none does."""
     with understood(path, "a text in UTF-8"):
-        lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        with open(path, "rb") as file:  # perhaps a pipe, and perhaps without an end
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST:,} bytes")
+        lines = [line for line in content.decode().splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {path} holds no prompt")
     return lines

@@ -1,5 +1,6 @@
 """What all commands share: python -m minicache lists and finds them; errors are one sentence, or a traceback."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -38,7 +39,8 @@ def test_every_file_with_a_main_is_a_command_and_onnx_example_is_none():
 def test_alone_it_lists_the_commands(monkeypatch, capsys):
     for arguments in ([], ["-h"], ["--help"]):
         monkeypatch.setattr(sys, "argv", ["minicache", *arguments])
-        door.main()
+        with pytest.raises(SystemExit, match="0"):
+            door.main()
         listed = capsys.readouterr().out
         assert all(f"  {name} " in listed for name in door.commands()) and "onnx_example" not in listed
 
@@ -97,6 +99,24 @@ def test_debug_shows_tracebacks(monkeypatch):
     with pytest.raises(ValueError, match="wrong"):
         run("x", command)
     assert "MINICACHE_DEBUG=1" in parser.format_help()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [["--help"], ["list"]])
+def test_what_cannot_be_printed_is_one_sentence(arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "minicache", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    sentence = f"minicache{' list' * (arguments == ['list'])}: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell of POSIX")
+def test_nobody_need_listen():
+    code = "from tqdm import tqdm; from minicache.tools import run; run('x', lambda: sum(tqdm([0, 3], disable=None)))"
+    closed = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, code]
+    assert subprocess.run(closed, cwd=ROOT).returncode == 3
 
 
 def test_an_interruption_exits_as_the_shell_expects(capsys):

@@ -358,6 +358,8 @@ def test_ancestral_plans(net, tmp_path, few):
         (["--batch-size", "0"], "--batch-size 0"),
         (["--guidance", "3"], "cannot be told what to draw"),
         (["--like", "ddim-10", "--budgets", "5", "50"], "steps=50 is not in 1..20"),
+        (["--budgets", "5", "1e400"], "--budgets inf must be positive and finite"),
+        (["--budgets", "nan"], "--budgets nan must be positive and finite"),
         (["--like", "ddim-10", "--budgets", "0.5"], "steps=0 must be a whole number of at least 1"),
     ],
 )

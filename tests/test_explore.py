@@ -301,11 +301,14 @@ def test_own_examples_are_taken_from_all_over(tmp_path, unet, monkeypatch):
 
 def test_wrong_flags(tmp_path):
     save(tmp_path / "net.pt", random_unet())
+    (tmp_path / "d.html").mkdir()
     ckpt = ["--ckpt", str(tmp_path / "net.pt")]
     for flags, words in (
         (["--num", "0"], "0 pictures"),
         (["--num", "7"], "7 pictures"),
-        (["--out", str(tmp_path / "x.txt")], "must end in .html"),
+        (["--out", str(tmp_path / "x.txt")], "must be .html"),
+        (["--out", str(tmp_path)], "must be .html"),
+        (["--out", str(tmp_path / "d.html")], "there is a folder of that name"),
         ([*ckpt, "--steps", "9"], "--steps 9"),
         ([*ckpt, "--steps", "1001"], "--steps 1001"),
         ([*ckpt, "--prompt", "cat"], "cannot be told"),

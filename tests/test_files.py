@@ -235,6 +235,21 @@ def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {*others, ".cache.tmp", "k.npz"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")
+def test_links_and_pipes_are_not_replaced(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stdout").symlink_to("pipe")
+    for name in ("pipe", "stdout"):
+        with pytest.raises(ValueError, match="pipe is a device, a pipe or a socket"), replacing(tmp_path / name):
+            pass
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 4
+
+
 @needs_locks
 def test_a_lock_is_for_one_or_for_those_who_share_it(tmp_path):
     with locked(tmp_path, "taken") as take:

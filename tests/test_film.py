@@ -100,7 +100,9 @@ def test_wrong_flags(tmp_path):
     out = tmp_path / "film.gif"
     for flags, words in (
         (["--out", tmp_path / "film.mp4"], "must be .gif"),
+        (["--out", tmp_path / "film"], "must be .gif"),
         (["--num", 0], "--num 0 must be at least 1"),
+        (["--num", 33], "--num 33 must be at least 1 and at most 32"),
         (["--seed", -1], "--seed -1"),
         (["--steps", 0], "steps=0"),
         (["--interval", 0], "interval=0"),
@@ -112,4 +114,4 @@ def test_wrong_flags(tmp_path):
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             main("--out", out, *flags)
-    assert not [*tmp_path.glob("*.gif"), *tmp_path.glob("*.mp4")]
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pt"}

@@ -77,6 +77,24 @@ def test_samples_are_read_back(tmp_path, capsys, monkeypatch):
             assert np.array_equal(np.concatenate(pieces), images)
 
 
+def test_a_piece_of_large_pictures_is_a_small_one(tmp_path, monkeypatch):
+    """64 black pictures of 8192 x 8192 pixels are 12 GB, and a file of 12 MB."""
+    monkeypatch.setattr(metrics, "LARGEST", 2 * 8 * 8 * 3)
+    images = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    for name in ("a.npz", "a"):
+        fill(ImageSet(tmp_path / name, range(5), 5, {}), lambda _: images)
+        pieces = list(read_samples(tmp_path / name).pieces())
+        assert [len(piece) for piece in pieces] == [2, 2, 1] and np.array_equal(np.concatenate(pieces), images)
+
+
+def test_an_npz_of_huge_pictures_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (1, 2**13, 2**14, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match=r"x\.npz is not .*: it has pictures of 16384x8192 pixels, more than 67"):
+        read_samples(tmp_path / "x.npz")
+
+
 def test_samples_need_not_fit_in_memory(tmp_path):
     """50,000 pictures of 256 x 256 pixels are 10 GB, and four times that as float32; here, 12 MB are read."""
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4000, 32, 32, 3), np.uint8))

@@ -294,6 +294,19 @@ def test_killed_between_the_npz_and_the_end(tmp_path):
     assert not images.folder.exists()
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_what_else_lies_beside_the_shards_stays(tmp_path, before):
+    images = ImageSet(tmp_path / "x.npz", range(4), 2, {"eta": 0.5})
+    images.folder.mkdir()
+    if before:
+        (images.folder / "notes.txt").write_text("mine")
+    assert fill(images, images_of) == 4 and images.folder.exists() == before
+    images.folder.mkdir(exist_ok=True)
+    (images.folder / "notes.txt").write_text("mine")
+    assert fill(images, images_of) == 0
+    assert contents(images.folder) == {"notes.txt": b"mine"}
+
+
 def test_files_of_unknown_origin_are_left_alone(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "000001.png").write_text("mine")

@@ -63,6 +63,10 @@ def test_prompts_from_a_file(tmp_path):
     path.write_bytes(b"blue caf\xe9\n")
     with pytest.raises(ValueError, match=r"prompts\.txt is not a text in UTF-8"):
         lines_of(path)
+    with open(path, "wb") as file:
+        file.truncate(2**24 + 1)  # zeros, as from /dev/zero
+    with pytest.raises(ValueError, match=r"prompts\.txt is not a text in UTF-8: it has more than 16,777,216 bytes"):
+        lines_of(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
         lines_of(path)

@@ -46,12 +46,17 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
 
     So is a lack of memory. Any other exception is a bug and keeps its traceback; with --debug, all do.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # it was closed (2>&-), and progress bars would be an error
+            setattr(sys, stream, open(os.devnull, "w"))
     try:
-        sys.exit(command() or 0)
+        code = command() or 0
+        print(end="", flush=True)  # as Python would do it after all this, where nothing is caught
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(141)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         said = str(error).strip()
@@ -62,7 +67,16 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
             where = error.filename2 or error.filename  # of a renaming, the new name: the other one is temporary
             said = f"{where}: {error.strerror}" if where else error.strerror
         print(f"{name}: {said.splitlines()[0] if said else type(error).__name__}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the disk is full there, and Python would try once more
+            drop_output()
         sys.exit(2)
+
+
+def drop_output() -> None:
+    """Send what is still to be printed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -104,16 +118,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(map(text, line))} |\n" for line in table)
 
 
-def prepare_out(out: Path, endings: tuple[str, ...]) -> None:
+def prepare_out(out: Path, endings: tuple[str, ...], folder: bool = True) -> None:
     """Make the folder of --out, or --out itself where it has no ending. ValueError where nothing can be written there.
+
+    folder: whether it may be one.
 
     To be called before the work, as it would be a pity after it.
     """
     is_folder = out.suffix == ""
     if not out.name:
         raise ValueError(f"--out {out} needs a name: a file, or a folder of its own for the pictures")
-    if not is_folder and out.suffix not in endings:
-        allowed = f"must be {', '.join(endings)}, or none, for a folder of PNGs" if endings else "is not a folder's"
+    if out.suffix not in endings and not (is_folder and folder):
+        allowed = f"must be {', '.join(endings)}" if endings else "is not a folder's"
+        allowed += ", or none, for a folder" if endings and folder else ""
         raise ValueError(f"--out {out}: the ending {allowed}")
     if out.exists() and out.is_dir() != is_folder:
         raise ValueError(f"--out {out}: there is a {'file' if is_folder else 'folder'} of that name")

@@ -36,6 +36,7 @@ rounding to 8 bits alone is as large as the errors of the best methods.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -180,6 +181,8 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
 def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Method]], Samples | None]:
     """The network and all else that the arguments ask for; ValueError for what cannot be had."""
     at_least(args, pairs=2, num=args.pairs, batch_size=1)
+    if wrong := [budget for budget in args.budgets if not 0 < budget < math.inf]:
+        raise ValueError(f"--budgets {wrong[0]:g} must be positive and finite")
     if args.real is None and (args.fid or args.num):
         raise ValueError("--fid and --num are for distances to real images: give --real")
     unet, placement = load(args.ckpt), choose_placement(args.device, args.dtype, compile=COMPILE[args.compile])

@@ -30,7 +30,7 @@ from minicache.images import picture, to_uint8
 from minicache.metrics import psnr, relative_l2
 from minicache.plan import FORECASTS, CachePlan, uncached, uniform
 from minicache.sampling import denoise, sample
-from minicache.tools import Parser
+from minicache.tools import Parser, prepare_out
 from minicache.tools.diagram import rows
 from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
@@ -152,8 +152,7 @@ def main(args: argparse.Namespace) -> None:
     num, out = len(args.prompt or ()) or PICTURES if args.num is None else args.num, Path(args.out)
     if not 1 <= num <= PICTURES:
         raise ValueError(f"{num} pictures are not in 1..{PICTURES}, what two rows on a phone have room for")
-    if out.suffix != ".html":
-        raise ValueError(f"--out {out} must end in .html")
+    prepare_out(out, (".html",), folder=False)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     stage = prepared(args.ckpt, args.prompt, num, args.steps)
     data = {"about": conditions(args.ckpt, stage, args.steps), **explore(stage, args.steps)}

@@ -33,6 +33,7 @@ from minicache.words import prompts_for
 
 FRAMES, MILLISECONDS, PAUSE = 100, 100, 2600  # after the first; each; the last
 COLORS, STILL = 95, 8  # a pixel stands still until it changes by more, of 255; both keep the file small
+PICTURES = 32  # in a row, at most; the states of all steps of all of them are held at once
 SIDE, LEFT, BOTTOM = 128, 250, 34  # pixels: of a picture; beside and below all of them
 INK, MUTED, TRACK, GREY, BLUE, RED = "#1c2026", "#626973", "#e3e0d9", "#7d8590", "#2563c9", "#c33d2b"
 
@@ -114,8 +115,9 @@ def best_plan(unet: UNet, guidance: float, cached: CachePlan) -> Recipe:
 
 
 def main(args: argparse.Namespace) -> None:
-    at_least(args, num=1, seed=0)
-    prepare_out(args.out, (".gif",))
+    at_least(args, most=PICTURES, num=1)
+    at_least(args, seed=0)
+    prepare_out(args.out, (".gif",), folder=False)
     unet, seeds = load(args.ckpt), range(args.seed, args.seed + args.num)
     if unet.config.adm:
         raise ValueError(f"{args.ckpt} draws latents, which are no pictures")
@@ -145,7 +147,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", default="emoji", help="a checkpoint's name or path (default: emoji)")
     add("--prompt", action="append", help="may stand several times, as for sample.py (default: its own examples)")
     add("--guidance", type=float, help="how strictly to follow it (default: what suits the network)")
-    add("--num", type=int, default=4, help="pictures (default: 4)")
+    add("--num", type=int, default=4, help=f"pictures, at most {PICTURES} (default: 4)")
     add("--seed", type=int, default=0, help="of the first picture (default: 0)")
     add("--steps", type=int, default=STEPS, help=f"of DDIM, uncached and with DeepCache (default: {STEPS})")
     add("--interval", type=int, default=5, help="DeepCache: one step in so many runs in full (default: 5)")
