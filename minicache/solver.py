@@ -13,7 +13,7 @@ from torch import Tensor
 from minicache.diffusion import Diffusion
 from minicache.samplers import SAMPLERS, Point, Sampler, predict_x0, step_along
 
-LARGEST = 1_000_000  # of a solver's numbers: what is larger overflows sooner or later
+LARGEST = 10**12  # of a solver's numbers: what is larger overflows sooner or later
 
 
 def noise_level(a: float) -> float:

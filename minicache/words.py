@@ -139,9 +139,9 @@ def classes(labels: list[int], number: int) -> tuple[list[str], Tensor]:
 
 def lines_of(path: str | Path) -> list[str]:
     """The lines of a file of prompts that hold one; ValueError where none does."""
+    with open(path, "rb") as file:  # perhaps a pipe, and perhaps without an end
+        content = file.read(LONGEST + 1)
     with understood(path, "a text in UTF-8"):
-        with open(path, "rb") as file:  # perhaps a pipe, and perhaps without an end
-            content = file.read(LONGEST + 1)
         if len(content) > LONGEST:
             raise ValueError(f"it has more than {LONGEST:,} bytes")
         lines = [line for line in content.decode().splitlines() if line.strip()]

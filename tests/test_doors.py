@@ -292,5 +292,5 @@ def test_start_and_clip_are_checked(unet):
         sample(unet, [0], steps=3, clip_x0="no")
     short = random_unet()
     short.diffusion = Diffusion(num_timesteps=500)
-    with pytest.raises(ValueError, match=r"start=700 .* at most 500"):
+    with pytest.raises(ValueError, match=r"start=700 .* below 500"):
         sample(short, x_T=noise(1, 3, 16, 16), start=700, steps=3, spacing="trailing")

@@ -130,7 +130,7 @@ def test_every_flag_does_what_it_says(net, tmp_path, flags, settings):
 
 def test_budget_takes_the_nearest_plan_unless_it_costs_much_more():
     unet = load("tiny_cifar10")
-    for budget, nearest in ((9, 10), (21, 20), (1e9, 30)):
+    for budget, nearest in ((9, 10), (21, 20), (1e9, 50)):
         plan = recipe_within(parse(["--budget", str(budget)]), unet, fingerprint(unet)).plan
         assert 0.8 * nearest <= full_passes(unet, plan) <= nearest
     with pytest.raises(ValueError, match=r"the cheapest plan .* costs 5.0 full passes: make one with .* --budget 3 "):
