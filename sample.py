@@ -22,7 +22,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 
 from minicache import CachePlan, Recipe, denoise, load, sample, uncached
-from minicache.checkpoints import REGISTRY, embedded_folder, fingerprint, locate
+from minicache.checkpoints import REGISTRY, fingerprint, locate
 from minicache.cost import cache_bytes, full_passes, plan_macs
 from minicache.diffusion import SPACINGS, VARIANCES
 from minicache.images import beside, enlargement, grid, labelled, save_gif, save_png, to_tensor, to_uint8
@@ -41,7 +40,7 @@ from minicache.latents import around, suits
 from minicache.metrics import psnr
 from minicache.placement import COMPILE, DTYPES, MEMORY_FORMATS, Placement, choose_placement, place
 from minicache.plan import FORECASTS
-from minicache.recipe import nearest_recipe, recipe_from, recipe_from_file, recipes_in
+from minicache.recipe import recipe_from, recipe_from_file, shipped_recipe
 from minicache.samplers import SAMPLERS
 from minicache.sampling import STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
@@ -119,9 +118,8 @@ def chosen_recipe(args: argparse.Namespace, suited: Mapping[str, Any] = MappingP
 
 def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: float = 1.0) -> Recipe:
     """The calibrated plan for these weights, of those that ship, whose cost is nearest to --budget."""
-    shipped = [each for each in recipes_in(embedded_folder() / "recipes", weights) if each.guidance == guidance]
     try:
-        return nearest_recipe(shipped, args.budget, partial(full_passes, unet, guidance=guidance))
+        return shipped_recipe(unet, weights, args.budget, guidance)
     except ValueError as error:
         if unet.config.context_dim and not unet.vocabulary:
             raise

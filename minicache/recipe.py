@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minicache.checkpoints import embedded_folder
+from minicache.cost import full_passes
 from minicache.files import replacing
 from minicache.plan import CachePlan, nonuniform, uniform
 from minicache.reading import read_whole, understood
 from minicache.samplers import passes
 from minicache.sampling import STEPS, Settings
 from minicache.solver import Solver
+from minicache.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -119,3 +123,9 @@ def nearest_recipe(recipes: Iterable[Recipe], budget: float, cost: Callable[[Cac
     if min(costs) > 1.25 * budget:
         raise ValueError(f"the cheapest plan for these weights costs {min(costs):.1f} full passes")
     return costs[min((c for c in costs if c <= 1.25 * budget), key=lambda c: abs(c - budget))]
+
+
+def shipped_recipe(unet: UNet, weights: str, budget: float, guidance: float = 1.0) -> Recipe:
+    """The `nearest_recipe` of those that ship for these weights (a fingerprint) and this guidance."""
+    shipped = [each for each in recipes_in(embedded_folder() / "recipes", weights) if each.guidance == guidance]
+    return nearest_recipe(shipped, budget, partial(full_passes, unet, guidance=guidance))

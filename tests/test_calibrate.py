@@ -209,7 +209,7 @@ def test_sample_finds_the_nearest_recipe(worded, tmp_path, monkeypatch, capsys):
         Recipe(uncached(steps), solver, guidance=2.0, fingerprint=fingerprint(unet)).save(
             tmp_path / "recipes" / f"{name}.json"
         )
-    monkeypatch.setattr(sample_py, "embedded_folder", lambda: tmp_path)
+    monkeypatch.setattr("minicache.recipe.embedded_folder", lambda: tmp_path)
     for budget, name in ((8, "near, 4 steps"), (6, "cheap, 3 steps")):  # guidance: two passes a step
         draw("--ckpt", worded, "--budget", budget, "--num", 2, "--out", tmp_path / "x.png")
         assert name in capsys.readouterr().out

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from minicache.checkpoints import embedded_folder, fingerprint, load
+from minicache.checkpoints import fingerprint, load
 from minicache.cost import full_passes, macs, macs_so_far
 from minicache.files import replacing
 from minicache.images import BAND, default_font, fitted, grid, picture, to_uint8
 from minicache.plan import CachePlan, uncached, uniform
-from minicache.recipe import Recipe, nearest_recipe, recipe_from_file, recipes_in
+from minicache.recipe import Recipe, recipe_from_file, shipped_recipe
 from minicache.sampling import STEPS, denoise
 from minicache.tools import Parser, at_least, prepare_out
 from minicache.unet import UNet
@@ -104,12 +103,10 @@ def save(path: Path, frames: Sequence[Image.Image]) -> None:
         first.save(temporary, save_all=True, append_images=others, duration=durations, loop=0, optimize=True)
 
 
-def best_plan(unet: UNet, guidance: float, cached: CachePlan) -> Recipe:
+def best_plan(unet: UNet, weights: str, guidance: float, cached: CachePlan) -> Recipe:
     """What ships for this network, and costs most nearly what the cached plan does."""
-    cost, shipped = partial(full_passes, unet, guidance=guidance), embedded_folder() / "recipes"
-    recipes = [each for each in recipes_in(shipped, fingerprint(unet)) if each.guidance == guidance]
     try:
-        return nearest_recipe(recipes, cost(cached), cost)
+        return shipped_recipe(unet, weights, full_passes(unet, cached, guidance), guidance)
     except ValueError as error:
         raise ValueError(f"{error} at guidance {guidance:g}; `minicache calibrate` makes one, for --plan") from None
 
@@ -123,12 +120,13 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.ckpt} draws latents, which are no pictures")
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompt=args.prompt, guidance=args.guidance, seed=args.seed)
     cached = uniform(args.steps, args.interval, args.branch)
-    best = recipe_from_file(args.plan) if args.plan else best_plan(unet, prompts.guidance, cached)
+    weights = fingerprint(unet)
+    best = recipe_from_file(args.plan) if args.plan else best_plan(unet, weights, prompts.guidance, cached)
     ddim = f"DDIM, {args.steps} steps"
     ways = (
         ("Uncached", ddim, GREY, {"plan": uncached(args.steps)}),
         ("DeepCache", f"{ddim}, 1 in {args.interval} in full", BLUE, {"plan": cached}),
-        ("Best plan", f"{best.label} solver, {best.steps} steps", RED, best.settings(fingerprint(unet))),
+        ("Best plan", f"{best.label} solver, {best.steps} steps", RED, best.settings(weights)),
     )
     asked = {"guidance": prompts.guidance, **prompts.context(seeds)}
     rows = [Row(*said, *emerging(unet, seeds, **{**settings, **asked})) for *said, settings in ways]
