@@ -69,17 +69,18 @@ A_LEVEL = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "num
            "only_cross_attention", "sample_size", "transformer_layers_per_block")  # fmt: skip
 
 
-def require(content: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]) -> None:
+def require(path: str | Path, content: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]) -> None:
     for name, (needed, default) in fields.items():
         if (value := content.get(name, default)) != needed:
-            raise ValueError(f"{name}={value!r} is not what this network does; it needs {needed!r}")
+            raise ValueError(f"{path}: {name}={value!r} is not what this network does; it needs {needed!r}")
 
 
 def config_from_diffusers(path: str | Path, text: str | bytes) -> UNetConfig:
     """The text of a config.json of UNet2DModel or UNet2DConditionModel, or a ValueError that names the field that
     cannot be honoured."""
-    with understood(path, "a config that can be honoured"):
-        content = json.loads(text)
+    what = "a config that can be honoured"
+    with understood(path, what):
+        content = {**json.loads(text)}
         for name in A_LEVEL:  # what may be said for each level
             value = content.get(name)
             if isinstance(value, list) and value and value == value[:1] * len(value):
@@ -87,7 +88,8 @@ def config_from_diffusers(path: str | Path, text: str | bytes) -> UNetConfig:
         context = content.get("_class_name") == "UNet2DConditionModel"
         told = lambda adm: sum(content.get(name, default) == it for name, (it, default) in CONVENTIONS[adm].items())  # noqa: E731
         adm = told(True) > told(False)
-        require(content, {**BOTH, **(UNET2DCONDITION if context else UNET2D), **CONVENTIONS[adm]})
+    require(path, content, {**BOTH, **(UNET2DCONDITION if context else UNET2D), **CONVENTIONS[adm]})
+    with understood(path, what):
         size, widths = content.get("sample_size"), content.get("block_out_channels", [224, 448, 672, 896])
         if type(size) is not int:
             raise ValueError(f"sample_size={size!r} must be one whole number")
@@ -163,9 +165,11 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 def diffusion_from_diffusers(path: Path) -> Diffusion:
     """scheduler_config.json of any scheduler, or a ValueError that names the field."""
-    with understood(path, "a schedule that can be honoured"):
-        content = json.loads(read_whole(path))
-        require(content, SCHEDULER)
+    what = "a schedule that can be honoured"
+    with understood(path, what):
+        content = {**json.loads(read_whole(path))}
+    require(path, content, SCHEDULER)
+    with understood(path, what):
         return Diffusion(
             num_timesteps=content.get("num_train_timesteps", 1000),
             beta_start=content.get("beta_start", 1e-4),
