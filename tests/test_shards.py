@@ -190,16 +190,17 @@ def test_what_is_left_of_a_killed_run_does_not_draw_into_another(tmp_path, secon
 @pytest.mark.skipif(sys.platform == "win32", reason="no parents there")
 def test_a_process_ends_with_its_launcher():
     """Whatever it waits for: the pipe is closed when the process has ended."""
-    code = "import os, time, threading; from minicache.shards import end_with; print(os.getppid(), flush=True);"
-    code += "threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start(); time.sleep(600)"
+    code = "import os, time, threading; from minicache.shards import end_with; launcher = os.getppid();"
+    code += "threading.Thread(target=end_with, args=(launcher,), daemon=True).start();"
+    code += "print(launcher, flush=True); time.sleep(600)"  # the launcher may be gone from here on
     launcher = subprocess.Popen(
         ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, code], cwd=ROOT, stdout=subprocess.PIPE
     )
-    assert int(launcher.stdout.readline()) == launcher.pid
-    launcher.kill()
-    assert launcher.wait() == -signal.SIGKILL
-    assert select.select([launcher.stdout], [], [], 60)[0] and launcher.stdout.read() == b""
-    launcher.stdout.close()
+    with launcher.stdout as output:
+        assert int(output.readline()) == launcher.pid
+        launcher.kill()
+        assert launcher.wait() == -signal.SIGKILL
+        assert select.select([output], [], [], 60)[0] and output.read() == b""
 
 
 @pytest.mark.parametrize("name", ["x.npz", "folder"])
