@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -82,9 +82,16 @@ class Samples(NamedTuple):
     shape: tuple[int, ...]  # [N, H, W, 3]
     pieces: Callable[[], Iterator[np.ndarray]]  # reads them from the first on: uint8 [B, H, W, 3], B <= PIECE
 
-    def moments(self, features: Callable[[np.ndarray], Tensor]) -> Moments:
-        """Of all their features; features: uint8 [B, H, W, 3] -> [B, C]."""
-        return moments(map(features, self.pieces()))
+    def moments(self, features: Callable[[np.ndarray], Tensor], sets: int = 1) -> list[Moments]:
+        """Of the features of so many equal sets, one after the other; features: uint8 [B, H, W, 3] -> [B, C]."""
+        size = self.shape[0] // sets
+        rows = chain.from_iterable(map(features, self.pieces()))
+        return [moments(in_parts(islice(rows, size))) for _ in range(sets)]
+
+
+def in_parts(rows: Iterator[Tensor]) -> Iterator[Tensor]:
+    while part := list(islice(rows, PIECE)):
+        yield torch.stack(part)
 
 
 def read_samples(path: str | Path) -> Samples:
@@ -150,4 +157,4 @@ def inception() -> Callable[[np.ndarray], Tensor]:
 def fid(a: Samples, b: Samples) -> float:
     """Frechet Inception Distance of two sets of images."""
     features = inception()
-    return frechet_distance(a.moments(features), b.moments(features))
+    return frechet_distance(*a.moments(features), *b.moments(features))

@@ -14,13 +14,14 @@ from minicache.checkpoints import fingerprint, save
 from minicache.cost import macs, pass_seconds
 from minicache.fit import FINEST, forecast
 from minicache.images import to_uint8
-from minicache.metrics import relative_l2
+from minicache.metrics import frechet_distance, moments, relative_l2
 from minicache.plan import PlanCache
 from minicache.samplers import SAMPLERS
 from minicache.solver import tabulated
 from minicache.tools import calibrate, evaluate
 from minicache.tools import methods as rivals
 from minicache.tools.calibrate import CALIBRATION, CHECK, HELD_OUT, Task
+from minicache.tools.classifier import classifier_features
 from minicache.tools.evaluate import Pictures, clock
 from minicache.tools.methods import FLOOR, Method, Spectrum, methods, whole_run
 from minicache.words import Prompts, Vocabulary
@@ -335,6 +336,18 @@ def test_real_images_are_seen_by_inception_once(net32, real, tmp_path, few, ince
     assert inception == [9, 4, 4, 4, 4, 4, 4] and "FID" in rows["whole"]
 
 
+def test_chosen_rows_and_the_error_of_a_distance(net32, real, tmp_path, few):
+    flags = ["--like", "ddpm-8", "--budgets", 5, "--pairs", 2, "--num", 6, "--sets", 3, "--real", real]
+    run("--ckpt", net32, *flags, "--only", "l*-n5-b?", "ddpm-*", "--out", tmp_path / "out")
+    rows = rows_of(tmp_path / "out" / "table.md")
+    assert list(rows) == ["whole", "linear-n5-b1", "l2p-n5-b1", "ddpm-5"]
+    pictures = np.load(tmp_path / "out" / "ddpm-5.npz")["arr_0"]
+    reals = moments([classifier_features(np.load(real)["arr_0"])])
+    parts = np.array([frechet_distance(classifier_features(part), reals) for part in np.split(pictures, 3)])
+    assert float(rows["ddpm-5"]["Frechet distance"]) == pytest.approx(parts.mean(), rel=1e-3)
+    assert float(rows["ddpm-5"]["Frechet distance +-"]) == pytest.approx(parts.std(ddof=1) / 3**0.5, rel=1e-3)
+
+
 def test_ancestral_plans(net, tmp_path, few):
     run("--ckpt", net, "--ancestral", 8, "--budgets", 5, "--pairs", 2, "--out", tmp_path)
     rows = rows_of(tmp_path / "table.md")
@@ -348,6 +361,14 @@ def test_ancestral_plans(net, tmp_path, few):
     [
         (["--pairs", "1"], "--pairs 1 must be at least 2"),
         (["--num", "50"], "give --real"),
+        (["--sets", "5"], "give --real"),
+        (["--sets", "0"], "--sets 0 must be at least 1"),
+        (["--real", "REAL", "--num", "64", "--sets", "5"], "--num 64 cannot be parted into 5 equal sets"),
+        (["--real", "REAL", "--num", "64", "--sets", "64"], "equal sets of two pictures or more"),
+        (
+            ["--like", "ddim-10", "--budgets", "5", "--only", "whole", "no-*"],
+            "--only no-. fits no row; there are whole, deepcache-n2-b3",
+        ),
         (["--fid"], "give --real"),
         (["--real", "REAL", "--num", "5"], "--num 5 must be at least 32"),
         (["--real", "SMALL"], "images of .*16, 16, 3.*; need .32, 32, 3"),

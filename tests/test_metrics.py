@@ -99,7 +99,7 @@ def test_samples_need_not_fit_in_memory(tmp_path):
     """50,000 pictures of 256 x 256 pixels are 10 GB, and four times that as float32; here, 12 MB are read."""
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4000, 32, 32, 3), np.uint8))
     tracemalloc.start()
-    known = read_samples(tmp_path / "x.npz").moments(lambda images: torch.from_numpy(images[:, 0, :2, 0]))
+    (known,) = read_samples(tmp_path / "x.npz").moments(lambda images: torch.from_numpy(images[:, 0, :2, 0]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert known.count == 4000 and peak < 2e6

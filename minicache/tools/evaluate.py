@@ -19,7 +19,8 @@ nothing. "to whole" is the mean error to the row "whole" instead, for those who 
 Cost: MACs of convolutions and linear layers, in full passes of the network; guidance takes two a step. Speed-ups, over
 the first row, are those of passes timed here.
 Distance (--real): the Frechet distance to real images, in the features of the classifier that ships (32 x 32 pixels),
-or with --fid in Inception's; of --num pictures, the first of which are those with errors. Compare equal counts.
+or with --fid in Inception's; of --num pictures, the first of which are those with errors. Of --sets equal parts of
+them, it is the mean, with its standard error. It falls as sets grow: compare those of one size.
 
 Methods. whole: the uncached run of --like. uncached-COST: the best deterministic sampler with the best of a few
 spacings, as its row says; of all, those three are drawn that are best on four of calibrate's seeds. smaller: another
@@ -36,13 +37,15 @@ rounding to 8 bits alone is as large as the errors of the best methods.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -180,11 +183,11 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
 
 def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Method]], Samples | None]:
     """The network and all else that the arguments ask for; ValueError for what cannot be had."""
-    at_least(args, pairs=2, num=args.pairs, batch_size=1)
+    at_least(args, pairs=2, num=args.pairs, sets=1, batch_size=1)
     if wrong := [budget for budget in args.budgets if not 0 < budget < math.inf]:
         raise ValueError(f"--budgets {wrong[0]:g} must be positive and finite")
-    if args.real is None and (args.fid or args.num):
-        raise ValueError("--fid and --num are for distances to real images: give --real")
+    if args.real is None and (args.fid or args.num or args.sets > 1):
+        raise ValueError("--fid, --num and --sets are for distances to real images: give --real")
     unet, placement = load(args.ckpt), choose_placement(args.device, args.dtype, compile=COMPILE[args.compile])
     weights, size = fingerprint(unet), unet.config.image_size  # before `place` rounds them
     if unet.config.in_channels != 3:
@@ -192,16 +195,29 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     real = args.real and read_samples(args.real)
     if real and real.shape[1:] != (size, size, 3):
         raise ValueError(f"--real {args.real} has images of {real.shape[1:]}; need ({size}, {size}, 3)")
+    num = args.num or max(1000, args.pairs) if real else args.pairs
+    if num % args.sets or num < 2 * args.sets:
+        raise ValueError(f"--num {num} cannot be parted into {args.sets} equal sets of two pictures or more")
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompts=args.prompts, guidance=args.guidance)
     task = Task(place(unet, placement), weights, prompts)
     whole = whole_run(task, args.like, args.spacing, args.eta)
     other = smaller(task, whole, args.smaller, placement) if args.smaller else {}
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
-    found = methods(task, whole, args.budgets, recipes) | other
+    found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
     dtype = str(placement.dtype).removeprefix("torch.")
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": dtype}
-    num = args.num or max(1000, args.pairs) if real else args.pairs
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
+
+
+def chosen(found: dict[str, dict[str, Method]], only: list[str]) -> dict[str, dict[str, Method]]:
+    """The rows whose names fit one of the patterns, and the first, which the others are compared with."""
+    names = {*islice(found, 1)}
+    for pattern in only:
+        fitting = fnmatch.filter(found, pattern)
+        if not fitting:
+            raise ValueError(f"--only {pattern} fits no row; there are {', '.join(found)}")
+        names |= {*fitting}
+    return {name: row for name, row in found.items() if name in names}
 
 
 def hours(pictures: Pictures, found: dict[str, dict[str, Method]], seconds: Callable[[Method], float]) -> float:
@@ -216,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
     task, out, seconds = pictures.task, pictures.folder, clock(pictures.task)
     print(f"{len(found)} methods, {pictures.num} pictures each: about {hours(pictures, found, seconds):.1f} hours")
     field, features = ("FID", inception()) if args.fid else ("Frechet distance", classifier_features)
-    real = real and real.moments(features)
+    real = real and real.moments(features)[0]
     (name, first), *_ = next(iter(found.values())).items()
     whole, like = first.recipe, pictures.paired(name, first)
     noisy = draws_noise(whole)
@@ -230,7 +246,11 @@ def main(args: argparse.Namespace) -> None:
             row["to whole"] = relative_l2(images, like).mean().item()
         row["speed-up"] = seconds(first) / seconds(method)
         if real and name != FLOOR:
-            row[field] = frechet_distance(pictures.samples(name, method, images).moments(features), real)
+            sets = pictures.samples(name, method, images).moments(features, args.sets)
+            distances = [frechet_distance(each, real) for each in sets]
+            row[field] = mean(distances)
+            if args.sets > 1:
+                row[f"{field} +-"] = stdev(distances) / args.sets**0.5
         rows.append(row)
         with replacing(out / "table.md") as temporary:
             temporary.write_text(markdown(rows))
@@ -257,9 +277,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--spacing", help="of the steps that are cached (default: the sampler's)")
     add("--eta", type=float, default=0.0, help="noise of the ddim whose steps are cached, 0 to 1 (default: 0)")
     add("--recipes", help="folder of calibrated recipes (default: those that ship)")
+    add("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows, as deepcache-n?-b3 (default: all)")
     add("--smaller", metavar="CKPT", help="another network for such pictures, with fewer MACs, to compare with")
     add("--real", help="cifar10 (the training set), or an npz, a folder or zip of images: measure distances to them")
     add("--num", type=int, help="pictures of each method for the distance (default: 1000)")
+    add("--sets", type=int, default=1, help="equal parts of them, for a standard error (default: 1)")
     add("--fid", action="store_true", help="Inception's features, by torch-fidelity, which downloads them once")
     add("--batch-size", type=int, default=100, help="(default: 100)")
     add("--dtype", default="float32", choices=("auto", *DTYPES), help="of the network (default: float32)")
