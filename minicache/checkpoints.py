@@ -80,7 +80,7 @@ def locate(name_or_path: str | Path) -> Path:
             its = f"its sha256 is {digest(path, 'sha256')}"
             warnings.warn(f"{path} is not verified: no hash of {entry.url} is published; {its}", stacklevel=2)
         return path
-    if Path(name).exists():
+    if name and Path(name).exists():
         return Path(name)
     names = [*EMBEDDED, *REGISTRY]
     if "/" in name or Path(name).suffix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -32,6 +33,8 @@ class Recipe(Settings):
         for name, kinds in (("plan", CachePlan), ("fingerprint", str | None), ("error", float | int | None)):
             if not isinstance(getattr(self, name), kinds):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of the wrong kind")
+        if self.error is not None and not 0 <= self.error < math.inf:
+            raise ValueError(f"error={self.error} must be finite, and not negative")
 
     @property
     def label(self) -> str:

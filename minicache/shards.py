@@ -36,7 +36,10 @@ PATIENCE = timedelta(days=7)  # how long a process that has drawn its share wait
 
 def rank_and_world() -> tuple[int, int]:
     """The number of this process, and how many there are, as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = (os.environ.get(name, usual) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK={rank}, WORLD_SIZE={world} in the environment: torchrun sets 0 <= RANK < WORLD_SIZE")
+    return int(rank), int(world)
 
 
 def meet() -> None:

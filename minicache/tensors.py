@@ -73,6 +73,9 @@ def refuse_odd_tensors(content: Any) -> None:
 
 def _load_pickle(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)  # torch < 1.6 wrote files that cannot be
+    with open(path, "rb") as file:
+        if not mapped and file.read(1) != b"\x80":  # torch would advise to load it unsafely
+            raise ValueError("it is neither a whole zip nor a pickle")
     names = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])  # torch >= 2.6
     others = [(Inert, name) for name in (names(path) if mapped else []) if name.startswith(LIGHTNING)]
     if not others:

@@ -91,6 +91,7 @@ def test_names_and_paths(tmp_path, unet):
         ("emojy", "did you mean emoji"),
         ("ddpm_cifar", "did you mean ddpm_cifar10"),
         ("zzz", "the names are emoji"),
+        ("", "'' is neither a checkpoint's name nor a path"),
         ("no/such/file.pt", "there is no file or folder no/such/file.pt"),
         ("nothing.ckpt", "there is no file"),
     ):

@@ -110,6 +110,8 @@ def test_recipe_round_trip(tmp_path):
         "[" * 100_000,
         "[{}]",
         "5",
+        '{"plan": {"steps": 1, "branch": 3, "refresh": [0]}, "error": NaN}',
+        '{"plan": {"steps": 1, "branch": 3, "refresh": [0]}, "error": -0.1}',
     ],
 )
 def test_what_is_not_a_recipe_is_refused(tmp_path, content):

@@ -151,6 +151,15 @@ def second_of_two(monkeypatch):
     monkeypatch.setattr(shards, "meet", lambda: None)
 
 
+@pytest.mark.parametrize("rank, world", [("abc", "2"), ("2", "2"), ("-1", "2"), ("1", None), ("0", "")])
+def test_a_rank_that_torchrun_does_not_set_is_refused(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=f"RANK={rank}, WORLD_SIZE={world or '(1|)'} in the environment"):
+        shards.rank_and_world()
+
+
 def begin(out: Path, **manifest) -> ImageSet:
     """A set whose first run was killed before the first picture."""
 

@@ -126,6 +126,7 @@ def test_files_that_are_no_checkpoints(tmp_path, unet):
         "truncated": (tmp_path / "own.pt").read_bytes()[:5000],
         "empty": b"",
         "text": b"hello",
+        "png": b"\x89PNG\r\n\x1a\n",
         "pickle": pickle.dumps([1, 2, 3]),
         "code": pickle.dumps(Diffusion()),
     }
@@ -137,6 +138,7 @@ def test_files_that_are_no_checkpoints(tmp_path, unet):
         with pytest.raises(ValueError, match=f"{name}.pt") as error:
             read(tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)
+        assert ("neither a whole zip nor a pickle" in str(error.value)) != (name in ("pickle", "code"))
     for name, value, words in (
         ("list", [content["state_dict"], {}, 3, 4, {}], "holds a list"),
         ("numbers", {"a": 1, "b": 2.0}, "holds float, int"),
