@@ -122,6 +122,8 @@ def train(training: Training, draw: CaptionedSource, interrupted: list[int]) -> 
     began, losses, noisy_losses = time.time(), [], []
     steps = range(training.step, settings.steps)
     for step in (bar := tqdm(steps, initial=steps.start, total=steps.stop, unit="step", disable=None)):
+        if step and step % settings.preview_every == 0:  # here, as a resumed run may have to begin with it
+            preview(training.average, settings.folder / f"preview_{step:06d}.png")
         x0, t, eps, context = batch(draw, settings.batch_size, T, settings.jitter, settings.seed, step)
         each = training.update(x0, t, eps, context)
         losses.append(each.mean().item())
@@ -138,8 +140,7 @@ def train(training: Training, draw: CaptionedSource, interrupted: list[int]) -> 
         if interrupted:
             print(f"stopped after step {done}; --resume goes on from {settings.last}", file=sys.stderr)
             raise KeyboardInterrupt
-        if done % settings.preview_every == 0 or last_one:
-            preview(training.average, settings.folder / f"preview_{done:06d}.png")
+    preview(training.average, settings.folder / f"preview_{training.step:06d}.png")
 
 
 class Training:
@@ -255,10 +256,8 @@ def update_average(average: UNet, unet: UNet, decay: float) -> None:
 
 
 def preview(unet: UNet, path: Path) -> None:
-    """Left: DDPM, clipped. Right: DDIM, not clipped, which shows errors of colour that clipping hides.
-
-    The vocabulary's examples are drawn, under its guidance, where there are any.
-    """
+    """Left: DDPM, clipped. Right: DDIM, not clipped, which shows errors of colour that clipping hides. Where there is a
+    vocabulary, its examples are drawn, under its guidance."""
     scale, sheets, shown = enlargement(unet.config.image_size), [], unet.vocabulary.examples if unet.vocabulary else ()
     words = {"context": unet.vocabulary.encode(*shown), "guidance": unet.vocabulary.guidance} if shown else {}
     for sampler, steps in (("ddpm", 100), ("ddim", 50)):

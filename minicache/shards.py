@@ -47,9 +47,26 @@ def meet() -> None:
     if rank_and_world()[1] > 1:
         if not dist.is_initialized():
             if dist.is_torchelastic_launched():
-                threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+                threading.Thread(target=end_with, args=(launcher(),), daemon=True).start()
             dist.init_process_group("gloo", timeout=PATIENCE)
         dist.barrier()
+
+
+def launcher() -> int:
+    """The number of torchrun's process. ValueError where it was killed before, and this process has another parent.
+
+    torchrun does not tell its number: a parent is believed that is Python, or a script that torchrun has started. The
+    others would be waited for in vain, or, where the same line is run again, met among those of the new run.
+    """
+    parent = os.getppid()
+    try:
+        script = b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{parent}/environ").read_bytes()
+        gone = not script and not Path(os.readlink(f"/proc/{parent}/exe")).name.startswith("python")
+    except OSError:  # which is not told; orphans go to the first process, as a rule
+        gone = parent == 1
+    if gone:
+        raise ValueError("torchrun, which has started this process, has gone")
+    return parent
 
 
 def end_with(launcher: int) -> None:

@@ -1,5 +1,6 @@
 """Every notebook runs from its first cell to its last, then the solutions of its exercises, with errors fatal."""
 
+import os
 import re
 
 import pytest
@@ -20,7 +21,8 @@ def solutions(notebook) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_and_its_solutions_run(path):
+def test_notebook_and_its_solutions_run(path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # this copy, whether or not one is installed
     notebook = nbformat.read(path, as_version=4)
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()

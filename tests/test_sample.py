@@ -248,7 +248,7 @@ def bad(net, tmp_path_factory):
     variant("shape", lambda state: state.update({"conv_out.bias": torch.zeros(4)}))
     variant("nan", lambda state: state.update({"conv_out.bias": torch.full((3,), float("nan"))}))
     (folder / "truncated.pt").write_bytes(net.read_bytes()[:-2000])
-    (folder / "pickle.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    (folder / "pickle.pt").write_bytes(b"\x80\x02cos\nsystem\n(S'true'\ntR.")
     torch.save([1, 2], folder / "list.pt")
     Recipe(uniform(6, 2), fingerprint="0123").save(folder / "other.json")
     Recipe(uniform(6, 2)).save(folder / "plain.json")

@@ -212,6 +212,35 @@ def test_a_process_ends_with_its_launcher():
         assert select.select([output], [], [], 60)[0] and output.read() == b""
 
 
+def first_process() -> str:
+    """The name of the program that adopts orphans, as far as it is told."""
+    try:
+        return Path(os.readlink("/proc/1/exe")).name
+    except OSError:
+        return ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no parents there")
+@pytest.mark.skipif(first_process().startswith("python"), reason="it passes for torchrun")
+def test_a_process_whose_launcher_has_gone_before_meets_nobody():
+    """It was still importing torch. The port is closed, and would be tried for days."""
+    code = "import os, time; launcher = os.getppid(); print(launcher, flush=True)\n"
+    code += "while os.getppid() == launcher: time.sleep(0.01)\n"
+    code += "from minicache import shards; shards.meet()"
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    torchrun |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    process = subprocess.Popen(
+        ["sh", "-c", '"$0" -c "$1" 2>&1 & wait', sys.executable, code],
+        cwd=ROOT, env={**os.environ, **torchrun}, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with process.stdout as output:
+        assert int(output.readline()) == process.pid
+        process.kill()
+        process.wait()
+        assert select.select([output], [], [], 120)[0]
+        assert output.read().splitlines()[-1:] == [b"ValueError: torchrun, which has started this process, has gone"]
+
+
 @pytest.mark.parametrize("name", ["x.npz", "folder"])
 def test_threads_are_those_of_the_first_run(tmp_path, name):
     """Sums are split among threads: another number of them changes the last bits."""

@@ -75,6 +75,22 @@ def test_it_learns_and_its_checkpoint_samples(tmp_path):
     assert (tmp_path / "preview_000150.png").exists()
 
 
+@pytest.mark.parametrize("killed_at", [2, 4, 5])
+def test_a_picture_that_was_being_drawn_when_all_ended_is_drawn_again(tmp_path, monkeypatch, killed_at):
+    flags = {**QUICK, "steps": 5, "save_every": 1, "preview_every": 2, "out": str(tmp_path)}
+
+    def killed(unet, path):
+        if path.name == f"preview_{killed_at:06d}.png":
+            raise MemoryError  # as good as any other end
+        path.touch()
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(train_tiny, "preview", killed)
+        main(**flags)
+    main(resume=True, **flags)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"preview_{k:06d}.png" for k in (2, 4, 5)]
+
+
 def weights(path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
