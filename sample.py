@@ -51,7 +51,7 @@ from minicache.words import Prompts, prompts_for
 FLAGS = ("sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power", "forecast")
 ASKED = ("prompt", "prompts", "label", "negative", "guidance", "seed")
 FRAMES = 50  # of an animation, at most
-SHEET = 10_000  # pictures on a sheet, at most
+SHEET, FILM = 10_000, 100  # pictures on a sheet and in an animation, all of whose frames are in memory, at most
 Finish = Callable[[Tensor], np.ndarray]  # what sampling leaves behind -> uint8 [B, H, W, C]
 
 
@@ -62,8 +62,8 @@ def main(args: argparse.Namespace) -> None:
     recipe = chosen_recipe(args)
     rank, world = rank_and_world()
     one_picture = out.suffix in (".png", ".gif")
-    if one_picture and args.num > SHEET:
-        raise ValueError(f"--num {args.num}: a {out.suffix} holds {SHEET} pictures at most; an .npz or a folder, more")
+    if one_picture and args.num > (most := FILM if out.suffix == ".gif" else SHEET):
+        raise ValueError(f"--num {args.num}: a {out.suffix} holds {most} pictures at most; an .npz or a folder, more")
     if args.compare and not one_picture:
         raise ValueError(f"--compare is for pictures to look at, .png or .gif, not for --out {out}")
     if world > 1 and one_picture:
@@ -72,7 +72,9 @@ def main(args: argparse.Namespace) -> None:
     path = locate(args.ckpt)
     unet = load(path)
     weights = fingerprint(unet)  # before they change their dtype
-    words, finish = unet.vocabulary, to_uint8
+    words, finish, C = unet.vocabulary, to_uint8, unet.config.in_channels
+    if C not in (1, 3) and not unet.config.adm and out.suffix != ".npz":
+        raise ValueError(f"--out {out}: {args.ckpt} draws {C} channels, as no picture has; an .npz holds them")
     if unet.config.adm:  # it draws in latents
         recipe = recipe if args.plan or args.budget else chosen_recipe(args, suits(unet.config, args.sampler))
         words, finish = around(path, unet.config, placement.device)
@@ -93,8 +95,9 @@ def main(args: argparse.Namespace) -> None:
     if one_picture:
         show(args, unet, seeds, prompts, settings, finish, out)
         return
-    made_with = {"weights": weights, **asdict(recipe), "seed": args.seed, "num": args.num,
-                 "prompts": prompts.texts, "batch_size": args.batch_size, "torch": torch.__version__,
+    made_with = {"weights": weights, "diffusion": asdict(unet.diffusion), **asdict(recipe),
+                 "seed": args.seed, "num": args.num, "prompts": prompts.texts, "batch_size": args.batch_size,
+                 "torch": torch.__version__,
                  "placement": str(replace(placement, device=torch.device(placement.device.type)))}  # fmt: skip
     made_with |= {} if args.negative is None else {"negative": args.negative}  # older sets have no such entry
     fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings, finish)

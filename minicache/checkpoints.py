@@ -71,9 +71,9 @@ def locate(name_or_path: str | Path) -> Path:
     The file of a name is verified; where no hash is published, a warning says so.
     """
     name = str(name_or_path)
-    if name in EMBEDDED:
+    if name_or_path in EMBEDDED:  # a string: a Path is one, whatever its name
         return embedded_folder() / f"{name}.pt"
-    if name in REGISTRY:
+    if name_or_path in REGISTRY:
         entry = REGISTRY[name]
         path = fetch(entry.url, entry.path(name), entry.checksum, entry.megabytes)
         if entry.checksum is None:

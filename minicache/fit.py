@@ -73,7 +73,8 @@ class Fitting(Solver):
         E = (eps / self.path.norm).flatten(1).cpu().double()  # not every device has float64
         short = ((needed - now.eps) / self.path.norm).flatten().cpu().double()
         A = E @ E.T
-        weights = torch.linalg.solve(A + RIDGE * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype), E @ short)
+        ridge = RIDGE * A.diagonal().mean() + torch.finfo(A.dtype).tiny  # where eps is 0, so is A
+        weights = torch.linalg.solve(A + ridge * torch.eye(len(A), dtype=A.dtype), E @ short)
         weights[0] += 1
         self.found.append((tuple(weights[: len(points)].tolist()), tuple(weights[len(points) :].tolist())))
         return step_along(torch.tensordot(weights.to(eps), eps, 1), now, a_next)

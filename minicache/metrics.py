@@ -121,6 +121,8 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
                 raise ValueError(f"it is {dtype} {list(shape)}; need uint8 [N, H, W, 3]")
             if math.prod(shape[1:3]) > MOST_PIXELS:
                 raise ValueError(f"it has pictures of {shape[2]}x{shape[1]} pixels, more than {MOST_PIXELS:,}")
+            if math.prod(shape) != (found := archive.getinfo("arr_0.npy").file_size - file.tell()):
+                raise ValueError(f"its {shape[0]} pictures would be {math.prod(shape):,} bytes, and it holds {found:,}")
             yield file, shape
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,8 @@ def test_names_and_paths(tmp_path, unet):
     ):
         with pytest.raises(ValueError, match=words):
             load(name)
+    with pytest.raises(ValueError, match="neither a checkpoint's name nor a path"):
+        load(Path("emoji"))  # a path, and no name
     save(tmp_path / "net.pt", unet)
     again = load(tmp_path / "net.pt", dtype=torch.bfloat16)
     x = noise(1, 3, 16, 16)

@@ -54,6 +54,7 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path):
         (cats, cats, ["--lr", "1e30"], "smaller --lr"),
         (cats, cats, ["--epochs", "1000000000000000000000"], "--epochs 1000000000000000000000 must be"),
         (cats, cats, ["--out", cats], "is a folder; give a file"),
+        (cats, cats, ["--out", "data.zip"], "the ending must be .pt"),
         (cats, cats, ["--out", f"{cats}/cat/0.png/c.pt"], "cannot be made or written to"),
     ):
         flags = ["--data", data, "--test", test, "--epochs", "3", "--batch-size", "2", "--device", "cpu"]
@@ -78,3 +79,12 @@ def test_the_shipped_features_tell_pictures_from_noise():
     assert 2 * frechet_distance(features[0], features[1]) < frechet_distance(features[0], features[2])
     with pytest.raises(ValueError, match=r"not \[2, 16, 16, 3\]"):
         classifier_features(np.zeros((2, 16, 16, 3), np.uint8))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6])
+def test_a_few_steps_are_enough(tmp_path, steps):
+    cats = folders(tmp_path / "cats", cat=2, dog=2)
+    flags = ["--data", cats, "--test", cats, "--epochs", str(steps), "--batch-size", "4", "--device", "cpu"]
+    with torch.enable_grad():
+        classifier.main(classifier.parse([*flags, "--out", str(tmp_path / "c.pt")]))
+    assert (tmp_path / "c.pt").exists()

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from minicache.checkpoints import shape_of
-from minicache.tools.diagram import DEEP, EDGE, LIVE, diagram
+from minicache.tools.diagram import DEEP, EDGE, LIVE, diagram, main, parse
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -36,3 +36,10 @@ def test_one_pair_is_no_plural():
 def test_a_branch_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"branch=13 is not in 1\.\.12"):
         diagram(shape_of("cifar10"), 13)
+
+
+def test_only_an_svg_is_written(tmp_path):
+    (tmp_path / "net.pt").write_text("weights")
+    with pytest.raises(ValueError, match=r"the ending must be \.svg"):
+        main(parse(["--ckpt", "cifar10", "--out", str(tmp_path / "net.pt")]))
+    assert (tmp_path / "net.pt").read_text() == "weights"

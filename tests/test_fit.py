@@ -199,3 +199,14 @@ def test_two_refreshes_at_one_timestep_have_no_slope(net):
     assert unet.diffusion.timesteps(16, "quad")[-3:] == [0, 0, 0]
     found = forecast(unet, seeds=[0], plan=CachePlan(16, 1, (0, 4, 8, 13, 14)), sampler="ddim", spacing="quad")
     assert any(found.alpha[5:12]) and found.alpha[15] == 0
+
+
+def test_a_network_that_says_nothing_can_be_fitted():
+    unet = random_unet(replace(SMALL, image_size=8, attention_resolutions=()))
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FINEST, "steps", 10)
+        silent = Path(unet, seeds=SEEDS)
+    found = fitted(unet, silent, unet.diffusion.timesteps(3, "rho7"), uncached(3))
+    assert found.error < 1e-5 and found.solver.weights[2][0] == 1

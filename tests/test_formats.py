@@ -165,3 +165,13 @@ def test_command(tmp_path, unet, capsys):
     with pytest.raises(ValueError, match="exists"):
         main(parse([str(tmp_path / "m.pt"), str(tmp_path / "d"), "--to", "diffusers"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "m.pt", "p.ckpt"]
+
+
+def test_what_is_converted_is_not_replaced(tmp_path, unet):
+    save(tmp_path / "net.pt", unet)
+    before = (tmp_path / "net.pt").read_bytes()
+    (tmp_path / "link.pt").symlink_to("net.pt")
+    for name in ("net.pt", "link.pt"):
+        with pytest.raises(ValueError, match="is what is converted; choose another name"):
+            main(parse([str(tmp_path / "net.pt"), str(tmp_path / name), "--half"]))
+    assert (tmp_path / "net.pt").read_bytes() == before

@@ -1,5 +1,6 @@
 """Metrics against closed forms and other implementations."""
 
+import io
 import sys
 import tracemalloc
 import zipfile
@@ -140,4 +141,15 @@ def test_an_npz_whose_header_breaks_off_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     with pytest.raises(ValueError, match=r"x\.npz is not an npz whose arr_0 holds images: "):
+        read_samples(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("count", [4, 10**12, 0, -1])
+def test_an_npz_that_counts_other_pictures_than_it_holds_is_refused(tmp_path, count):
+    header = io.BytesIO()
+    shape = (count, 2, 2, 3)
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(3 * 2 * 2 * 3))
+    with pytest.raises(ValueError, match=f"its {count} pictures would be .* bytes, and it holds 36"):
         read_samples(tmp_path / "x.npz")

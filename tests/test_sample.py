@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_unet
+from conftest import ROOT, SMALL, random_unet
 from PIL import Image
 
 from minicache import Diffusion, Recipe, UNet, UNetConfig, load, nonuniform, uniform
@@ -51,6 +52,17 @@ def test_npz_holds_exactly_what_sample_draws(net, tmp_path):
         drawn = arrays["arr_0"]
     expected = to_uint8(sample_images(load(net), [5, 6, 7], batch_size=2, plan=uniform(6, 2, 2)))
     assert drawn.dtype == np.uint8 and np.array_equal(drawn, expected)
+
+
+def test_a_set_goes_on_with_the_same_noise_schedule_alone(net, tmp_path):
+    (tmp_path / "net.pt").write_bytes(net.read_bytes())
+    draw(tmp_path / "net.pt", "--out", tmp_path / "folder")
+    unet = load(net)
+    unet.diffusion = Diffusion(beta_end=0.0075)
+    save(tmp_path / "net.pt", unet)
+    (tmp_path / "folder" / "000001.png").unlink()
+    with pytest.raises(ValueError, match=r"made with diffusion\.beta_end 0\.02, not 0\.0075"):
+        draw(tmp_path / "net.pt", "--out", tmp_path / "folder")
 
 
 def test_folder_and_gif(net, tmp_path):
@@ -221,6 +233,8 @@ BAD = [
     (["--budget", "inf"], "--budget inf must be positive and finite"),
     (["--seed", "99999999999999999999"], "--seed 99999999999999999999 must be at least 0 and at most"),
     (["--num", "10001"], "--num 10001: a .png holds 10000 pictures at most"),
+    (["--num", "101", "--out", "{dir}/x.gif"], "--num 101: a .gif holds 100 pictures at most"),
+    (["--ckpt", "{dir}/five.pt"], "five.pt draws 5 channels, as no picture has; an .npz holds them"),
     (["--num", "1000000000", "--out", "{dir}/x.npz"], "--num 1000000000 must be at least 1 and at most 100000000"),
     (["--batch-size", "1000000000000000000"], "--batch-size 1000000000000000000 must be"),
     (["--plan", "{dir}/nowhere.json"], "nowhere.json: No such file or directory"),
@@ -250,6 +264,7 @@ def bad(net, tmp_path_factory):
     (folder / "truncated.pt").write_bytes(net.read_bytes()[:-2000])
     (folder / "pickle.pt").write_bytes(b"\x80\x02cos\nsystem\n(S'true'\ntR.")
     torch.save([1, 2], folder / "list.pt")
+    save(folder / "five.pt", random_unet(replace(SMALL, in_channels=5, out_channels=5)))
     Recipe(uniform(6, 2), fingerprint="0123").save(folder / "other.json")
     Recipe(uniform(6, 2)).save(folder / "plain.json")
     eta = {"plan": {"steps": 4, "branch": 3, "refresh": [0]}, "eta": None}

@@ -109,7 +109,8 @@ def train(images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: floa
     classifier = Classifier().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * (len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    rising = 0.3 if steps == 5 else 0.2  # of 5 steps, 0.2 would be one, and torch divides by one less
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rising)
     generator, dtype = torch.Generator().manual_seed(0), fastest_dtype(device)[0]
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for _ in range(epochs):
@@ -148,6 +149,8 @@ def main(args: argparse.Namespace) -> None:
     images, labels, test_images, test_labels = checked_data(args)
     if (out := Path(args.out)).is_dir():
         raise ValueError(f"--out {out} is a folder; give a file")
+    if out.suffix != ".pt":  # and so no data of --data or --test
+        raise ValueError(f"--out {out}: the ending must be .pt")
     make_folder(out.parent)
     classifier = train(images, labels, args.epochs, args.batch_size, args.lr, choose_device(args.device))
     state = {

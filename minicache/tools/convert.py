@@ -27,8 +27,10 @@ def main(args: argparse.Namespace) -> None:
     settings = {"image_size": args.image_size, "groups": args.groups, "raw": args.raw}
     if args.half and args.to != "minicache":
         raise ValueError("--half is for minicache's own format")
-    dtype = torch.float16 if args.half else torch.float32
-    unet = read(locate(args.src), diffusion=diffusion, dtype=dtype, **settings)
+    dtype, src = torch.float16 if args.half else torch.float32, locate(args.src)
+    if args.dst.exists() and args.dst.samefile(src):
+        raise ValueError(f"{args.dst} is what is converted; choose another name")
+    unet = read(src, diffusion=diffusion, dtype=dtype, **settings)
     if args.to == "diffusers":
         save_diffusers(args.dst, unet)
     elif args.dst.suffix in (".safetensors", ".npz", ".bin"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minicache.checkpoints import PRESETS, shape_of
 from minicache.files import replacing
-from minicache.tools import Parser
+from minicache.tools import Parser, prepare_out
 from minicache.unet import Downsample, UNet
 
 BOX, HEIGHT = 46, 22  # of a box
@@ -133,6 +133,7 @@ def document(parts: list[str], width: int, height: int) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    prepare_out(args.out, (".svg",), folder=False)
     svg = diagram(shape_of(args.ckpt), args.branch)
     with replacing(args.out) as temporary:
         temporary.write_text(svg)

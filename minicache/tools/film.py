@@ -116,8 +116,8 @@ def main(args: argparse.Namespace) -> None:
     at_least(args, seed=0)
     prepare_out(args.out, (".gif",), folder=False)
     unet, seeds = load(args.ckpt), range(args.seed, args.seed + args.num)
-    if unet.config.adm:
-        raise ValueError(f"{args.ckpt} draws latents, which are no pictures")
+    if unet.config.adm or unet.config.in_channels not in (1, 3):
+        raise ValueError(f"{args.ckpt} draws latents, or other channels than a picture's 1 or 3")
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompt=args.prompt, guidance=args.guidance, seed=args.seed)
     cached = uniform(args.steps, args.interval, args.branch)
     weights = fingerprint(unet)
