@@ -27,7 +27,7 @@ from minicache.files import replacing
 from minicache.images import to_tensor
 from minicache.placement import choose_device, fastest_dtype
 from minicache.tensors import write
-from minicache.tools import Parser, at_least, make_folder
+from minicache.tools import Parser, at_least, prepare_out
 
 FEATURES = 128
 CLASSES = 10
@@ -149,9 +149,7 @@ def main(args: argparse.Namespace) -> None:
     images, labels, test_images, test_labels = checked_data(args)
     if (out := Path(args.out)).is_dir():
         raise ValueError(f"--out {out} is a folder; give a file")
-    if out.suffix != ".pt":  # and so no data of --data or --test
-        raise ValueError(f"--out {out}: the ending must be .pt")
-    make_folder(out.parent)
+    prepare_out(out, (".pt",), folder=False)
     classifier = train(images, labels, args.epochs, args.batch_size, args.lr, choose_device(args.device))
     state = {
         name: tensor.cpu().half() for name, tensor in classifier.state_dict().items() if tensor.is_floating_point()
