@@ -95,9 +95,8 @@ def main(args: argparse.Namespace) -> None:
     if one_picture:
         show(args, unet, seeds, prompts, settings, finish, out)
         return
-    made_with = {"weights": weights, "diffusion": asdict(unet.diffusion), **asdict(recipe),
-                 "seed": args.seed, "num": args.num, "prompts": prompts.texts, "batch_size": args.batch_size,
-                 "torch": torch.__version__,
+    made_with = {"weights": weights, **asdict(recipe), "seed": args.seed, "num": args.num, "prompts": prompts.texts,
+                 "batch_size": args.batch_size, "torch": torch.__version__,
                  "placement": str(replace(placement, device=torch.device(placement.device.type)))}  # fmt: skip
     made_with |= {} if args.negative is None else {"negative": args.negative}  # older sets have no such entry
     fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings, finish)

@@ -224,15 +224,16 @@ FIRST_FIELDS = ("image_size", "model_channels", "channel_mult", "num_res_blocks"
 
 
 def fingerprint(unet: UNet) -> str:
-    """A hash of the network's shape and of its weights as float32: 16 hex digits, the same in any format.
+    """A hash of the network's shape, schedule of noise and weights as float32: 16 hex digits, the same in any format.
 
     It is computed when asked, so that changed weights have another one; weights rounded by a dtype are changed, too.
-    Fields of the config that came after the first recipes count only where they are not at their default.
+    The schedule, and fields of the config that came after the first release, count where they are not at their default.
     """
-    shape = asdict(unet.config)
-    later = [field for field in fields(unet.config) if field.name not in (*FIRST_FIELDS, "dropout")]
-    config = {name: shape[name] for name in FIRST_FIELDS}
-    config |= {field.name: shape[field.name] for field in later if shape[field.name] != field.default}
+    parts = [unet.config, *([unet.diffusion] if unet.diffusion else [])]
+    known = {each.name: (getattr(part, each.name), each.default) for part in parts for each in fields(part)}
+    config = {name: known[name][0] for name in FIRST_FIELDS}
+    later = known.keys() - {*FIRST_FIELDS, "dropout"}
+    config |= {name: known[name][0] for name in later if known[name][0] != known[name][1]}
     hasher = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(unet.state_dict().items()):
         hasher.update(name.encode())

@@ -13,6 +13,8 @@ from minicache import CIFAR10, LSUN_256, Diffusion, UNet, load
 from minicache.checkpoints import fingerprint, read, save
 from minicache.formats.diffusers import DIFFUSERS, save_diffusers
 from minicache.formats.pesser import PESSER
+from minicache.plan import uncached
+from minicache.recipe import Recipe
 from minicache.tools.convert import main, parse
 
 
@@ -81,6 +83,17 @@ def test_fingerprint_tells_weights_and_not_formats(tmp_path, unet):
     settings = {"config": SMALL, "diffusion": Diffusion()}
     a, b, c = (fingerprint(read(tmp_path / name, **settings)) for name in ("a.pt", "b.ckpt", "c.pt"))
     assert a == b != c and re.fullmatch("[0-9a-f]{16}", a)
+
+
+def test_fingerprint_tells_noise_schedules():
+    """A recipe has timesteps: they mean other noise levels in another schedule."""
+    unet, found = random_unet(), []
+    schedules = Diffusion(), Diffusion(beta_end=0.012), Diffusion(beta_end=0.012, beta_schedule="scaled_linear"), None
+    for unet.diffusion in schedules:
+        found.append(fingerprint(unet))
+    assert len({*found[:3]}) == 3 and found[3] == found[0]
+    with pytest.raises(ValueError, match="made for the weights"):
+        Recipe(uncached(5), fingerprint=found[0]).settings(found[1])
 
 
 def test_pipeline_folder_with_subfolders(tmp_path, unet):

@@ -61,7 +61,7 @@ def test_a_set_goes_on_with_the_same_noise_schedule_alone(net, tmp_path):
     unet.diffusion = Diffusion(beta_end=0.0075)
     save(tmp_path / "net.pt", unet)
     (tmp_path / "folder" / "000001.png").unlink()
-    with pytest.raises(ValueError, match=r"made with diffusion\.beta_end 0\.02, not 0\.0075"):
+    with pytest.raises(ValueError, match="made with weights"):
         draw(tmp_path / "net.pt", "--out", tmp_path / "folder")
 
 

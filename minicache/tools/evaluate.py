@@ -205,7 +205,7 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
     dtype = str(placement.dtype).removeprefix("torch.")
-    manifest = {"weights": weights, "diffusion": asdict(unet.diffusion), "prompts": prompts.texts, "dtype": dtype}
+    manifest = {"weights": weights, "prompts": prompts.texts, "dtype": dtype}
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
 
 
