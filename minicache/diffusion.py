@@ -32,8 +32,8 @@ class Diffusion:
         if type(self.num_timesteps) is not int or not 1 <= self.num_timesteps <= 1000:
             raise ValueError(f"num_timesteps={self.num_timesteps!r} is not in 1..1000")
         betas = (self.beta_start, self.beta_end)
-        if not all(isinstance(beta, float) for beta in betas) or not 1e-9 <= self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"need 1e-9 <= beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}")
+        if not all(type(beta) is float for beta in betas) or not 1e-9 <= self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"need floats 1e-9 <= beta_start <= beta_end < 1, not {betas[0]!r} and {betas[1]!r}")
         if self.variance not in VARIANCES:
             raise ValueError(f"variance={self.variance!r} is none of {', '.join(VARIANCES)}")
         if self.beta_schedule not in BETA_SCHEDULES:

@@ -171,7 +171,8 @@ class UNetConfig:
         for name in ("channel_mult", "attention_resolutions"):  # lists from JSON become tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
         sizes = (self.image_size, self.model_channels, self.num_res_blocks, self.in_channels, self.groups, self.heads,
-                 *(self.channel_mult or [0]), self.context_dim or 1, self.num_tokens or 1)  # fmt: skip
+                 *(self.channel_mult or [0]), *self.attention_resolutions, self.context_dim or 1, self.num_tokens or 1,
+                 self.out_channels, self.null_token or 1)  # fmt: skip
         if any(type(size) is not int or not 1 <= size <= 2**16 for size in sizes) or len(self.channel_mult) > 16:
             raise ValueError(f"sizes, groups and heads must be whole numbers in 1..65536, levels 16 at most: {self}")
         sides = [self.image_size / 2**level for level in range(len(self.channel_mult))]
@@ -183,7 +184,7 @@ class UNetConfig:
             (sides[-1] % 1 == 0, "image_size must be even at every level but the last"),
             (set(self.attention_resolutions) <= set(sides), "attention_resolutions must be sides of levels"),
             (self.out_channels == self.in_channels, "out_channels must equal in_channels"),
-            (0 <= self.dropout < 1, "dropout must be in [0, 1)"),
+            (type(self.dropout) in (int, float) and 0 <= self.dropout < 1, "dropout must be a number in [0, 1)"),
             (self.context_dim or not (self.num_tokens or self.pooled_context), "a context needs its context_dim"),
             (self.null_token in range(self.num_tokens or 1), "null_token must be one of the num_tokens"),
         ):
@@ -208,8 +209,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.config = config
-        self.diffusion = self.vocabulary = None  # what it was trained with: set by whoever loads or trains it
+        self.config, self.diffusion, self.vocabulary = config, None, None  # the last two: set by who loads or trains it
         c, n = config.model_channels, config.num_res_blocks  # c: what D_i emits
         widths = [config.model_channels * mult for mult in config.channel_mult]
         self.time = TimeEmbedding(config.model_channels, config.adm)

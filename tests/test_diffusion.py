@@ -55,6 +55,7 @@ def test_noised_images_are_not_noisier_than_the_last_timestep(spacing):
         ({"beta_start": 0.0}, "beta_start"),
         ({"beta_end": 1.0}, "beta_end"),
         ({"beta_start": 0.03}, "beta_start"),
+        ({"beta_end": np.float64(0.02)}, r"need floats .* not 0\.0001 and np\.float64"),
         ({"beta_start": 1e-20}, "beta_start"),  # 1 - beta is 1
         ({"beta_end": 0.9}, "beta_end=0.9 leaves nothing"),  # of all that float64 can divide by
         ({"variance": "learned"}, "variance='learned'"),

@@ -23,7 +23,11 @@ from minicache.unet import ResBlock, Transformer
         ({"channel_mult": (1, 257)}, "widths must be 8192 at most"),
         ({"channel_mult": (1,) * 17}, "levels 16 at most"),
         ({"out_channels": 6}, "out_channels=6"),
+        ({"out_channels": 3.0}, "out_channels=3.0"),
+        ({"null_token": 1.0, "num_tokens": 3, "context_dim": 8}, "null_token=1.0"),
+        ({"attention_resolutions": np.array([16])}, "whole numbers"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": np.float64(0.1)}, "dropout must be a number"),  # which no checkpoint could be read with
     ],
 )
 def test_wrong_configs(change, words):
