@@ -32,7 +32,7 @@ from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import load, read_file, save
 from minicache.data import CaptionedSource, batch, source, wordless
 from minicache.diffusion import Diffusion
-from minicache.files import locked
+from minicache.files import locked, replacing
 from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
 from minicache.placement import choose_placement
 from minicache.sampling import sample
@@ -100,18 +100,16 @@ class Settings:
 def main(**flags: Any) -> Path:
     """Train with these `Settings`; the path of the checkpoint: averaged weights, and what a resumed run needs."""
     settings = Settings(**flags)
-    if settings.last.exists() and not settings.resume:
-        raise ValueError(f"{settings.last} exists: add --resume to go on with it, or choose another --out")
     words = captioned(settings.data, settings.categories)
     training = Training(settings, words and words.vocabulary())
-    size = training.unet.config.image_size
-    draw = words.source(training.unet.vocabulary, size) if words else wordless(source(settings.data, size))
+    unet, size = training.unet, training.unet.config.image_size
+    draw = words.source(unet.vocabulary, size) if words else wordless(source(settings.data, size, settings.folder))
     make_folder(settings.folder)
-    parameters = sum(p.numel() for p in training.unet.parameters())
+    parameters = sum(p.numel() for p in unet.parameters())
     precision = "bf16" if training.low_precision else "float32"
     print(f"{parameters:,} parameters, {precision}, {training.device}, {torch.get_num_threads()} threads", flush=True)
-    print(f"steps {training.step}..{settings.steps}, into {settings.folder}", flush=True)
     with locked(settings.folder, f"{settings.folder}: another run trains there"), interruptions() as interrupted:
+        training.begin()  # again, as another run may have ended in the meantime
         train(training, draw, interrupted)
     return settings.last
 
@@ -119,6 +117,7 @@ def main(**flags: Any) -> Path:
 def train(training: Training, draw: CaptionedSource, interrupted: list[int]) -> None:
     """Take the steps that are left; log, save and preview on the way. Stop after a step that was interrupted."""
     settings, T = training.settings, training.unet.diffusion.num_timesteps
+    print(f"steps {training.step}..{settings.steps}, into {settings.folder}", flush=True)
     began, losses, noisy_losses = time.time(), [], []
     steps = range(training.step, settings.steps)
     for step in (bar := tqdm(steps, initial=steps.start, total=steps.stop, unit="step", disable=None)):
@@ -156,8 +155,7 @@ class Training:
         decay = settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=decay, fused=True)
         self.usual = [1.0] * BINS  # the running mean of the losses near each timestep, where there are words
-        if settings.resume:
-            self.restore()
+        self.begin()
 
     def update(self, x0: Tensor, t: Tensor, eps: Tensor, context: Tensor | None = None) -> Tensor:
         """One training step; the loss of each image before it, [B] on the CPU. ValueError where it diverges.
@@ -196,9 +194,12 @@ class Training:
         state |= {"usual": self.usual, "arguments": {name: getattr(self.settings, name) for name in names}}
         save(self.settings.last, self.average, training=state)
 
-    def restore(self) -> None:
-        """Put everything back as the checkpoint has it. ValueError where its network or its arguments are others."""
-        last = self.settings.last
+    def begin(self) -> None:
+        """Put everything back as last.pt has it, if asked to. ValueError where it does not fit, or is in the way."""
+        if (last := self.settings.last).exists() and not self.settings.resume:
+            raise ValueError(f"{last} exists: add --resume to go on with it, or choose another --out")
+        if not self.settings.resume:
+            return
         content = read_file(last)
         if "training" not in content:
             raise ValueError(f"{last} holds weights alone, and no state of a training run; begin a run with --init")
@@ -231,13 +232,10 @@ def network(settings: Settings, vocabulary: Vocabulary | None) -> UNet:
             knows, has = ("has" if words else "has no" for words in (unet.vocabulary, vocabulary))
             raise ValueError(f"--init {settings.init} {knows} words, and --data {settings.data} {has} captions")
     else:
-        names = [each.name for each in fields(UNetConfig) if hasattr(settings, each.name)]
-        shape = {name: getattr(settings, name) for name in names}
-        if vocabulary:
-            shape["num_tokens"] = 1 + len(vocabulary.words)
-        else:
+        shape = {each.name: getattr(settings, each.name) for each in fields(UNetConfig) if hasattr(settings, each.name)}
+        if not vocabulary:
             shape |= {"context_dim": None, "heads": 1, "pooled_context": False}
-        unet = UNet(UNetConfig(**shape))
+        unet = UNet(UNetConfig(**shape, num_tokens=vocabulary and 1 + len(vocabulary.words)))
         unet.diffusion, unet.vocabulary = Diffusion(beta_end=BETA_END), vocabulary
     if settings.beta_end is not None:
         unet.diffusion = replace(unet.diffusion, beta_end=settings.beta_end)
@@ -258,20 +256,21 @@ def update_average(average: UNet, unet: UNet, decay: float) -> None:
 def preview(unet: UNet, path: Path) -> None:
     """Left: DDPM, clipped. Right: DDIM, not clipped, which shows errors of colour that clipping hides. Where there is a
     vocabulary, its examples are drawn, under its guidance."""
-    scale, sheets, shown = enlargement(unet.config.image_size), [], unet.vocabulary.examples if unet.vocabulary else ()
+    scale, sheets, T = enlargement(unet.config.image_size), [], unet.diffusion.num_timesteps
+    shown = unet.vocabulary.examples if unet.vocabulary else ()
     words = {"context": unet.vocabulary.encode(*shown), "guidance": unet.vocabulary.guidance} if shown else {}
     for sampler, steps in (("ddpm", 100), ("ddim", 50)):
-        images = to_uint8(sample(unet, range(len(shown) or 16), steps=steps, sampler=sampler, **words))
+        images = to_uint8(sample(unet, range(len(shown) or 16), steps=min(steps, T), sampler=sampler, **words))
         sheets.append(labelled(images, shown, scale=scale) if shown else grid(images))
     save_png(path, beside(*sheets), 1 if shown else scale)
 
 
 def log(path: Path, step: int, *values: float) -> None:
-    """Append a line to the CSV file at `path`."""
-    with open(path, "a") as file:
-        if file.tell() == 0:
-            file.write("step,loss,loss_noisiest_tenth,seconds\n")
-        file.write(",".join([str(step), *(f"{value:.6g}" for value in values)]) + "\n")
+    """Add a line to the CSV file at `path`, in place of those from this step on, which a run that was killed left."""
+    lines = path.read_text().splitlines() if path.exists() else ["step,loss,loss_noisiest_tenth,seconds"]
+    kept = [line for line in lines if not line[:1].isdigit() or int(line.split(",")[0]) < step]
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join([*kept, ",".join([str(step), *(f"{value:.6g}" for value in values)]), ""]))
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

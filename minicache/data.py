@@ -35,10 +35,11 @@ MOST_PIXELS = 1 << 26  # of an image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def source(name: str, image_size: int) -> Source:
+def source(name: str, image_size: int, out: Path | None = None) -> Source:
     """The source of that name: "shapes" (procedural, endless), "cifar10" (downloaded), or a folder or zip of images.
 
-    Images from files are flipped left to right with probability 1/2. Raises ValueError where there are none.
+    Images from files are flipped left to right with probability 1/2. Raises ValueError where there are none, and where
+    the folder that is written to, `out`, lies among them.
     """
     if name == "shapes":
         return lambda n, generator: shapes(n, image_size, generator)
@@ -47,6 +48,8 @@ def source(name: str, image_size: int) -> Source:
             raise ValueError(f"image_size={image_size}: CIFAR-10 has 32")
         images, _ = cifar10()
     else:
+        if out and out.resolve().is_relative_to(Path(name).resolve()):
+            raise ValueError(f"--out {out} lies in --data {name}: a resumed run would learn from its own previews")
         images = read_images(Path(name), image_size)
 
     def draw(n: int, generator: torch.Generator) -> Tensor:

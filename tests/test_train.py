@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, draw_emoji, random_unet
@@ -17,7 +18,7 @@ from minicache import Diffusion, UNet, load, sample
 from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import save
 from minicache.data import batch, wordless
-from minicache.images import BAND
+from minicache.images import BAND, save_png
 from minicache.words import Vocabulary
 from train_tiny import BINS, Settings, Training, main, parse
 
@@ -189,6 +190,42 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path, monkeypatch):
     assert torch.load(last, weights_only=True)["training"]["arguments"]["seed"] == 0
 
 
+def test_a_run_that_ended_while_another_read_its_data_is_not_replaced(tmp_path, monkeypatch):
+    source = train_tiny.source
+
+    def meanwhile(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_tiny, "source", source)
+            main(out=str(tmp_path), **{**QUICK, "seed": 1, "steps": 1})
+        return source(*args)
+
+    monkeypatch.setattr(train_tiny, "source", meanwhile)
+    with pytest.raises(ValueError, match=r"last\.pt exists: add --resume"):
+        main(out=str(tmp_path), **QUICK)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["training"]["arguments"]["seed"] == 1
+
+
+def test_previews_never_become_pictures_to_learn_from(tmp_path, monkeypatch):
+    save_png(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
+    for out in (tmp_path, tmp_path / "runs" / "a"):
+        with pytest.raises(ValueError, match="its own previews"):
+            main(data=str(tmp_path), out=str(out), **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    monkeypatch.chdir(tmp_path.parent)
+    main(data="shapes", out="shapes/1", **{**QUICK, "steps": 1})  # no folder, though there is one of that name
+
+
+def test_the_log_has_one_line_a_step(tmp_path):
+    for step in (100, 200, 300, 200, 300):  # killed, and gone on after step 100
+        train_tiny.log(tmp_path / "log.csv", step, 0.5, math.nan, 1.0)
+    assert [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()] == [
+        "step",
+        "100",
+        "200",
+        "300",
+    ]
+
+
 def test_flags_are_the_settings(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert vars(parse([])) == asdict(Settings())
@@ -208,6 +245,13 @@ def test_preview_draws_both_samplers(tmp_path):
     train_tiny.preview(unet, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
         assert image.size == (6 * (2 * (4 * 18 + 2) + 8), 6 * (4 * 18 + 2))
+
+
+def test_preview_of_a_network_of_few_timesteps(tmp_path):
+    unet = random_unet()
+    unet.diffusion = Diffusion(num_timesteps=20, beta_end=0.2)
+    train_tiny.preview(unet, tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
 
 
 def test_preview_has_captions_under_the_pictures(tmp_path):
