@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from minicache.checkpoints import fingerprint, load
 from minicache.cost import full_passes
-from minicache.fit import FINEST, SWEEPS, fitted, forecast, nested, search
+from minicache.fit import FINEST, fitted, forecast, nested, search
 from minicache.fit import Path as FinePath
 from minicache.metrics import relative_l2
 from minicache.placement import choose_placement, place
@@ -95,12 +95,12 @@ def fits(task: Task, path: FinePath, budget: float) -> Iterator[Recipe]:
     plan = uncached(int(budget / step + 1e-9))
     starts = {rho: fitted(unet, path, unet.diffusion.timesteps(plan.steps, f"rho{rho}"), plan).error for rho in RHOS}
     rho = min(starts, key=starts.get)
-    plans = {plan: SWEEPS}
+    plans = [plan]
     if plan.steps >= CACHED_FROM:
         partial_step, rest = task.cost(CachePlan(2, 1, (0,))) - step, budget - step * (plan.steps - 1)
-        plans[nested(plan.steps - 1, min(int(rest / partial_step + 1e-9), plan.steps - 3))] = 1
-    for plan, sweeps in plans.items():
-        for fit in search(unet, path, plan, rho, sweeps):
+        plans.append(nested(plan.steps - 1, min(int(rest / partial_step + 1e-9), plan.steps - 3)))
+    for plan in plans:
+        for fit in search(unet, path, plan, rho):
             yield task.recipe(fit.plan, fit.solver, error=fit.error)
 
 
