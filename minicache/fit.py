@@ -142,7 +142,7 @@ def nested(full: int, partial: int) -> CachePlan:
     return CachePlan(full + partial, 1, tuple(refresh))
 
 
-def search(unet: Network, path: Path, plan: CachePlan, rho: float, sweeps: int = SWEEPS) -> Iterator[Fit]:
+def search(unet: Network, path: Path, plan: CachePlan, rho: float) -> Iterator[Fit]:
     """Ever better fits: one for timesteps uniform in s^(1/rho), then one for each change of them that helps.
 
     Each sweep tries to shift every timestep (but the first) towards either neighbour, and those around it less; the
@@ -160,7 +160,7 @@ def search(unet: Network, path: Path, plan: CachePlan, rho: float, sweeps: int =
     yield (best := fit(u))
     S, size = plan.steps, 0.25
     width = max(1.0, (S - 1) / KNOTS)
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         before = best.error
         for center in torch.arange(S - 1, 0, -width).tolist():
             for sign in (1, -1):

@@ -128,7 +128,7 @@ def content(path: Path) -> Any:
     if path.suffix == ".md":
         return re.sub(r"[^|]*\|$", "", path.read_text(), flags=re.MULTILINE)  # without the speed-up
     if path.suffix == ".csv":
-        return re.sub(r",[^,]*$", "", path.read_text(), flags=re.MULTILINE)  # without the seconds
+        return re.sub(r",.*$", "", path.read_text(), flags=re.MULTILINE)  # means of losses begin anew at each start
     if path.suffix == ".json":
         return json.loads(path.read_text())
     return path.read_bytes()

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SMALL, random_unet
 
 import sample as sample_py
-from minicache import CachePlan, Diffusion, Recipe, load, sample, uncached
+from minicache import CachePlan, Diffusion, Recipe, fit, load, sample, uncached
 from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes
 from minicache.fit import FINEST, nested
@@ -43,7 +43,7 @@ def worded(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setitem(FINEST, "steps", 12)
-    monkeypatch.setattr(calibrate, "SWEEPS", 1)
+    monkeypatch.setattr(fit, "SWEEPS", 1)
     monkeypatch.setattr(calibrate, "RHOS", (5,))
     for name, seeds in (("CALIBRATION", range(100, 102)), ("CHECK", range(102, 104)), ("HELD_OUT", range(2))):
         monkeypatch.setattr(calibrate, name, seeds)

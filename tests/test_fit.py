@@ -97,7 +97,7 @@ def test_a_fit_beats_what_is_on_the_shelf(net, path):
 
 def test_a_search_never_gets_worse(net, path):
     for plan in (uncached(5), nested(5, 2)):
-        fits = list(search(net, path, plan, 5, sweeps=1))
+        fits = list(search(net, path, plan, 5))
         errors = [fit.error for fit in fits]
         assert len(fits) > 1 and errors == sorted(errors, reverse=True) and len(set(errors)) == len(errors)
         assert all(fit.plan.refresh == plan.refresh and fit.solver.t[0] == 999 for fit in fits)
