@@ -90,7 +90,7 @@ def test_several_budgets_into_a_folder_and_a_cache(net, tmp_path, capsys, monkey
 
 
 def test_a_network_of_words(worded, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("cat face\nred\n")
+    (tmp_path / "p.txt").write_text("cat face\nred\n" * 52 + "xylophone\n")  # no seed is for the last one
     run("--ckpt", worded, "--budget", 6.5, "--guidance", 3, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "r")
     recipe, unet = Recipe.load(tmp_path / "r" / "worded-g3-6.5.json"), load(worded)
     assert recipe.plan == uncached(3) and recipe.guidance == 3  # two passes a step

@@ -275,7 +275,7 @@ def test_a_smaller_network_must_draw_the_same_kind_of_picture(net, net32):
 
 def test_prompts_and_guidance(worded, tmp_path, few):
     save(tmp_path / "net.pt", worded.unet)
-    (tmp_path / "prompts.txt").write_text("red cat\n")
+    (tmp_path / "prompts.txt").write_text("red cat\n" * CHECK.stop + "xylophone\n")  # no seed is for the last one
     flags = ["--ckpt", tmp_path / "net.pt", "--like", "ddim-8", "--budgets", 6, "--pairs", 2, "--out", tmp_path / "out"]
     run(*flags, "--guidance", 2, "--prompts", tmp_path / "prompts.txt")
     rows = rows_of(tmp_path / "out" / "table.md")

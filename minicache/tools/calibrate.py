@@ -161,7 +161,8 @@ def main(args: argparse.Namespace) -> None:
     weights = fingerprint(unet)
     if unet.config.context_dim and unet.vocabulary is None:
         raise ValueError(f"--ckpt {args.ckpt} takes a context, but no words: calibrate knows only prompts of words")
-    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompts=args.prompts, guidance=args.guidance)
+    asked = {"prompts": args.prompts, "guidance": args.guidance, "num": CHECK.stop}  # more than any seed
+    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     task = Task(place(unet, placement), weights, prompts)
     step = task.cost(uncached(1))
     most = unet.diffusion.num_timesteps * step
