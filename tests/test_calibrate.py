@@ -142,6 +142,7 @@ def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
         (["--prompts", "nowhere.txt"], "--prompts: .* cannot be told what to draw"),
         (["--guidance", "3"], "--guidance: .* cannot be told what to draw"),
         (["--out", "x.png"], "--out x.png: the ending"),
+        (["--out", ".json"], "--out .json needs a name"),
     ],
 )
 def test_bad_flags_write_nothing(net, tmp_path, monkeypatch, flags, words):
@@ -149,6 +150,13 @@ def test_bad_flags_write_nothing(net, tmp_path, monkeypatch, flags, words):
     with pytest.raises(ValueError, match=words) as error:
         run("--ckpt", net, *flags)
     assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+def test_a_long_name_of_a_checkpoint_is_refused_before_the_search(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "best_for", lambda *_: pytest.fail("searched"))
+    (tmp_path / ("x" * 235 + ".pt")).symlink_to(net)
+    with pytest.raises(ValueError, match=r"-4\.json: no file of that name can be written"):
+        run("--ckpt", tmp_path / ("x" * 235 + ".pt"), "--budget", 4, "--out", tmp_path / "r")
 
 
 def test_no_plan_within_the_budget(net, tmp_path):

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from minicache import __main__ as door
 from minicache import tools
-from minicache.tools import MOST, Parser, at_least, make_folder, markdown, run
+from minicache.tools import MOST, Parser, at_least, make_folder, markdown, prepare_out, run
 
 
 def said(capsys, error: BaseException, code: int = 2) -> str:
@@ -143,6 +143,19 @@ def test_a_folder_is_tried_before_the_work(tmp_path):
             make_folder(folder)
     make_folder(tmp_path / "two" / "deep")
     assert not list((tmp_path / "two" / "deep").iterdir())
+
+
+def test_the_name_of_an_output_is_tried_before_the_work(tmp_path):
+    for name in (".", "..", f"{tmp_path}/..", ".json", f"{tmp_path}/.json"):
+        with pytest.raises(ValueError, match=f"--out {name} needs a name"):
+            prepare_out(Path(name), (".json", ".npz"))
+    long = tmp_path / ("x" * 235 + ".json")  # while it is written, its name is longer
+    with pytest.raises(ValueError, match=r"--out .*x\.json: no file of that name can be written \(File name too long"):
+        prepare_out(long, (".json",))
+    (tmp_path / "old.json").write_text("kept")
+    for path in (tmp_path / "old.json", tmp_path / "new.json"):
+        prepare_out(path, (".json",))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"] and (tmp_path / "old.json").read_text() == "kept"
 
 
 def test_a_table_has_a_column_for_all_that_any_row_says():

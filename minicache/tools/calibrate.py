@@ -172,8 +172,10 @@ def main(args: argparse.Namespace) -> None:
     whole = None if args.steps is None else task.recipe(uncached(passes(args.steps, args.sampler)), args.sampler)
     limit = whole or finest(task)
     limit.timesteps(unet.diffusion)  # refuses now what it would refuse later
-    folder = None if args.out.endswith(".json") else Path(args.out)
-    prepare_out(Path(args.out), (".json",))
+    out, stem = Path(args.out), Path(args.ckpt).stem + (f"-g{prompts.guidance:g}" if prompts.texts else "")
+    outs = [out if out.suffix else out / f"{stem}-{budget:g}.json" for budget in args.budget]
+    for each in (out, *outs):
+        prepare_out(each, (".json",))
 
     @cache
     def known(name: str) -> Any:  # each takes a while, and is needed for all budgets
@@ -183,9 +185,7 @@ def main(args: argparse.Namespace) -> None:
             return whole
         return task.images(limit, {"short": SHORTLIST, "check": CHECK, "held out": HELD_OUT}[name])
 
-    for budget in args.budget:
-        strength = f"-g{prompts.guidance:g}" if prompts.texts else ""
-        out = folder / f"{Path(args.ckpt).stem}{strength}-{budget:g}.json" if folder else Path(args.out)
+    for budget, out in zip(args.budget, outs):
         best, compared = best_for(task, args, budget, out, known)
         print(report(task, compared, known("held out")))
         print(f"{out}: {best.sampler}, {best.plan.steps} steps, {len(best.plan.refresh)} in full", flush=True)
