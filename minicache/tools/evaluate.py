@@ -63,10 +63,10 @@ from minicache.plan import uncached
 from minicache.recipe import recipes_in
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
-from minicache.tools import Parser, at_least, markdown
+from minicache.tools import Parser, at_least, make_folder, markdown
 from minicache.tools.calibrate import CHECK, HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
-from minicache.tools.methods import FLOOR, Method, draws_noise, methods, smaller, whole_run
+from minicache.tools.methods import FLOOR, Method, draws_noise, methods, shortlisted, smaller, whole_run
 from minicache.words import prompts_for
 
 SHOWN = 8  # images a row of samples.png
@@ -205,6 +205,8 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     other = smaller(task, whole, args.smaller, placement) if args.smaller else {}
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
+    make_folder(Path(args.out))
+    found = shortlisted(task, found)
     dtype = str(placement.dtype).removeprefix("torch.")
     manifest = {"weights": weights, "diffusion": asdict(unet.diffusion), "prompts": prompts.texts, "dtype": dtype}
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
