@@ -45,6 +45,13 @@ def test_alone_it_lists_the_commands(monkeypatch, capsys):
         assert all(f"  {name} " in listed for name in door.commands()) and "onnx_example" not in listed
 
 
+def test_commands_need_no_docstrings():
+    command = [sys.executable, "-OO", "-m", "minicache"]
+    for arguments, words in (([], "  list  "), (["list", "--help"], "--debug"), (["list"], "tiny_cifar10")):
+        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "") and words in done.stdout
+
+
 def test_an_unknown_command_is_refused():
     wrong = subprocess.run([sys.executable, "-m", "minicache", "bnech"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "there is no command 'bnech'" in wrong.stderr and "Traceback" not in wrong.stderr
@@ -102,13 +109,14 @@ def test_debug_shows_tracebacks(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-@pytest.mark.parametrize("arguments", [["--help"], ["list"]])
-def test_what_cannot_be_printed_is_one_sentence(arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--help"]])
+def test_what_cannot_be_printed_is_one_sentence(arguments, unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, "-m", "minicache", *arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
-    sentence = f"minicache{' list' * (arguments == ['list'])}: No space left on device\n"
+    sentence = f"minicache{' list' * ('list' in arguments)}: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, sentence)
 
 

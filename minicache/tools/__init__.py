@@ -39,6 +39,9 @@ class Parser(argparse.ArgumentParser):
         what = "show where an error comes from, as MINICACHE_DEBUG=1 in the environment does"
         self.add_argument("--debug", action=Debug, nargs=0, default=argparse.SUPPRESS, help=what)
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse misses that the disk is full
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help shows what is allowed\n")
 
