@@ -49,7 +49,7 @@ from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
 
 FLAGS = ("sampler", "steps", "spacing", "eta", "variance", "branch", "interval", "center", "power", "forecast")
-ASKED = ("prompt", "prompts", "label", "negative", "guidance", "seed")
+ASKED = ("prompt", "prompts", "label", "negative", "guidance", "seed", "num")
 FRAMES = 50  # of an animation, at most
 SHEET, FILM = 2_500, 100  # pictures on a sheet and in an animation, all of whose frames are in memory, at most
 Finish = Callable[[Tensor], np.ndarray]  # what sampling leaves behind -> uint8 [B, H, W, C]

@@ -27,7 +27,8 @@ def main() -> None:
     name, known = sys.argv[1] if len(sys.argv) > 1 else "--help", commands()
     if name in ("-h", "--help"):
         lines = [f"  {command:11} {what}" for command, what in known.items()]
-        run("minicache", lambda: print(__doc__.strip(), "", *lines, sep="\n"))
+        about = (__doc__ or "").strip()  # which python -OO leaves out
+        run("minicache", lambda: print(about, "", *lines, sep="\n"))
     elif name not in known:
         print(f"minicache: there is no command {name!r}; there are {', '.join(known)}", file=sys.stderr)
         sys.exit(2)

@@ -32,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))  # what a link leads to is replaced, and not the link
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is a device, a pipe or a socket, which a file would replace")
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp{path.suffix}")
+    temporary = temporary_for(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     try:
@@ -40,6 +40,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+def temporary_for(path: Path) -> Path:
+    """Where `replacing` writes what becomes `path`."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp{path.suffix}")
 
 
 @cache  # once is enough, and a folder of many pictures is slow to list

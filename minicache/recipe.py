@@ -48,8 +48,9 @@ class Recipe(Settings):
         return {field.name: getattr(self, field.name) for field in fields(Settings)}
 
     def save(self, path: str | Path) -> None:
+        text = json.dumps(asdict(self), indent=1, default=lambda number: number.item())  # of NumPy, as plans take them
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            temporary.write_text(text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

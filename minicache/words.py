@@ -71,7 +71,7 @@ class Prompts(NamedTuple):
     """What is to be drawn: the picture of seed `first + i` shows prompt i modulo their number. No rows: no context."""
 
     texts: list[str]
-    rows: Tensor | None = None  # [number of prompts, K] ids, or tokens [number of prompts, K, context_dim]
+    rows: Tensor | None = None  # [N, K] ids, or tokens [N, K, context_dim], of all prompts, or of the first N
     first: int = 0
     guidance: float = 1.0
     negative: Tensor | None = None  # [1, ...], what guidance leads away from; None: the null context
@@ -98,11 +98,13 @@ def prompts_for(
     negative: str | None = None,
     guidance: float | None = None,
     seed: int = 0,
+    num: int | None = None,
 ) -> Prompts:
     """What is asked for by sample.py's flags, else the network's own examples.
 
     name: the network's. words: what it understands, a Vocabulary or its like; None: nothing, or classes. prompts: a
-    file of a prompt a line. seed: of the first picture. ValueError for what the network does not understand.
+    file of a prompt a line. seed: of the first picture. num: of pictures; no more prompts are encoded, as a file may
+    hold many. ValueError for what the network does not understand.
     """
     asked = {"prompt": prompt, "prompts": prompts, "class": label, "negative": negative, "guidance": guidance}
     flag = next((flag for flag, value in asked.items() if value is not None), None)
@@ -127,7 +129,7 @@ def prompts_for(
     if negative is None and unet.config.num_tokens is None and guidance != 1:
         negative = ""  # there is no null token, but an empty prompt
     away = None if negative is None else words.encode(negative)
-    return Prompts(texts, words.encode(*texts), seed, guidance, away)
+    return Prompts(texts, words.encode(*texts[:num]), seed, guidance, away)
 
 
 def classes(labels: list[int], number: int) -> tuple[list[str], Tensor]:
@@ -144,7 +146,7 @@ def lines_of(path: str | Path) -> list[str]:
     with understood(path, "a text in UTF-8"):
         if len(content) > LONGEST:
             raise ValueError(f"it has more than {LONGEST:,} bytes")
-        lines = [line for line in content.decode().splitlines() if line.strip()]
+        lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {path} holds no prompt")
     return lines

@@ -1,6 +1,7 @@
 """The judge of prompts: what it calls right, on a stand-in network that paints what it is told, or something else."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,9 +127,13 @@ def test_what_is_refused(folder, monkeypatch, flags, words):
     assert not (folder.parent / "out").exists()
 
 
-def test_a_network_without_words_is_refused(folder, monkeypatch):
+def test_networks_that_cannot_be_judged_are_refused(folder, monkeypatch):
     painter = Painter(folder, lambda i: i)
-    painter.vocabulary = None
     monkeypatch.setattr(accuracy, "load", lambda name: painter)
+    painter.config = replace(painter.config, in_channels=1, out_channels=1)
+    with pytest.raises(ValueError, match="pictures of 3 channels are judged, and x draws 1"):
+        accuracy.main(accuracy.parse(["--ckpt", "x", "--data", str(folder)]))
+    painter.vocabulary = None
     with pytest.raises(ValueError, match="--ckpt x knows no words"):
         accuracy.main(accuracy.parse(["--ckpt", "x", "--data", str(folder)]))
+    assert not painter.passes

@@ -90,7 +90,7 @@ def test_several_budgets_into_a_folder_and_a_cache(net, tmp_path, capsys, monkey
 
 
 def test_a_network_of_words(worded, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("cat face\nred\n")
+    (tmp_path / "p.txt").write_text("cat face\nred\n" * 52 + "xylophone\n")  # no seed is for the last one
     run("--ckpt", worded, "--budget", 6.5, "--guidance", 3, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "r")
     recipe, unet = Recipe.load(tmp_path / "r" / "worded-g3-6.5.json"), load(worded)
     assert recipe.plan == uncached(3) and recipe.guidance == 3  # two passes a step
@@ -142,6 +142,7 @@ def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
         (["--prompts", "nowhere.txt"], "--prompts: .* cannot be told what to draw"),
         (["--guidance", "3"], "--guidance: .* cannot be told what to draw"),
         (["--out", "x.png"], "--out x.png: the ending"),
+        (["--out", ".json"], "--out .json needs a name"),
     ],
 )
 def test_bad_flags_write_nothing(net, tmp_path, monkeypatch, flags, words):
@@ -149,6 +150,13 @@ def test_bad_flags_write_nothing(net, tmp_path, monkeypatch, flags, words):
     with pytest.raises(ValueError, match=words) as error:
         run("--ckpt", net, *flags)
     assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+def test_a_long_name_of_a_checkpoint_is_refused_before_the_search(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "best_for", lambda *_: pytest.fail("searched"))
+    (tmp_path / ("x" * 235 + ".pt")).symlink_to(net)
+    with pytest.raises(ValueError, match=r"-4\.json: no file of that name can be written"):
+        run("--ckpt", tmp_path / ("x" * 235 + ".pt"), "--budget", 4, "--out", tmp_path / "r")
 
 
 def test_no_plan_within_the_budget(net, tmp_path):
@@ -166,7 +174,7 @@ def test_networks_that_cannot_be_fitted(worded, tmp_path):
     unet = random_unet(TINY)
     unet.diffusion = Diffusion(10)
     save(tmp_path / "short.pt", unet)
-    with pytest.raises(ValueError, match=r"steps=12 is not in 1..10"):
+    with pytest.raises(ValueError, match="the reference takes 12 timesteps, and the network has 10"):
         run("--ckpt", tmp_path / "short.pt", "--budget", 4, "--out", tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from minicache import __main__ as door
 from minicache import tools
-from minicache.tools import MOST, Parser, at_least, make_folder, markdown, run
+from minicache.tools import MOST, Parser, at_least, make_folder, markdown, prepare_out, run
 
 
 def said(capsys, error: BaseException, code: int = 2) -> str:
@@ -43,6 +43,13 @@ def test_alone_it_lists_the_commands(monkeypatch, capsys):
             door.main()
         listed = capsys.readouterr().out
         assert all(f"  {name} " in listed for name in door.commands()) and "onnx_example" not in listed
+
+
+def test_commands_need_no_docstrings():
+    command = [sys.executable, "-OO", "-m", "minicache"]
+    for arguments, words in (([], "  list  "), (["list", "--help"], "--debug"), (["list"], "tiny_cifar10")):
+        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "") and words in done.stdout
 
 
 def test_an_unknown_command_is_refused():
@@ -102,13 +109,14 @@ def test_debug_shows_tracebacks(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-@pytest.mark.parametrize("arguments", [["--help"], ["list"]])
-def test_what_cannot_be_printed_is_one_sentence(arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--help"]])
+def test_what_cannot_be_printed_is_one_sentence(arguments, unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, "-m", "minicache", *arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
-    sentence = f"minicache{' list' * (arguments == ['list'])}: No space left on device\n"
+    sentence = f"minicache{' list' * ('list' in arguments)}: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, sentence)
 
 
@@ -143,6 +151,19 @@ def test_a_folder_is_tried_before_the_work(tmp_path):
             make_folder(folder)
     make_folder(tmp_path / "two" / "deep")
     assert not list((tmp_path / "two" / "deep").iterdir())
+
+
+def test_the_name_of_an_output_is_tried_before_the_work(tmp_path):
+    for name in (".", "..", f"{tmp_path}/..", ".json", f"{tmp_path}/.json"):
+        with pytest.raises(ValueError, match=f"--out {name} needs a name"):
+            prepare_out(Path(name), (".json", ".npz"))
+    long = tmp_path / ("x" * 235 + ".json")  # while it is written, its name is longer
+    with pytest.raises(ValueError, match=r"--out .*x\.json: no file of that name can be written \(File name too long"):
+        prepare_out(long, (".json",))
+    (tmp_path / "old.json").write_text("kept")
+    for path in (tmp_path / "old.json", tmp_path / "new.json"):
+        prepare_out(path, (".json",))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"] and (tmp_path / "old.json").read_text() == "kept"
 
 
 def test_a_table_has_a_column_for_all_that_any_row_says():

@@ -76,8 +76,7 @@ def few(monkeypatch):
     kinds = ("whole", "deepcache-n5-b3", "linear-n5-b1", "l2p-n5-b1", "spectrum-n5-b1", "uncached-5", FLOOR, "ddpm-5")
 
     def chosen(*args) -> dict[str, dict[str, Method]]:
-        found = {name: row for name, row in methods(*args).items() if name in kinds or "-cached-" in name}
-        return {name: dict(list(row.items())[:3]) for name, row in found.items()}
+        return {name: row for name, row in methods(*args).items() if name in kinds or "-cached-" in name}
 
     monkeypatch.setattr(evaluate, "methods", chosen)
     monkeypatch.setattr(evaluate, "clock", lambda task: lambda method: method.recipe.plan.steps)
@@ -131,7 +130,7 @@ def test_of_each_sampler_the_best_spacing_is_listed(worded):
             errors[sampler, spacing] = relative_l2(images, target).mean().item()
     ranked = sorted(errors, key=errors.get)
     expected = [next(kind for kind in ranked if kind[0] == name) for name in dict.fromkeys(kind[0] for kind in ranked)]
-    found = calibrate.off_the_shelf(worded, 4, target)
+    found = calibrate.nearest(worded, calibrate.off_the_shelf(worded, 4), target)
     assert [(each.sampler, each.spacing) for each in found] == expected and len(found) == 3
 
 
@@ -275,7 +274,7 @@ def test_a_smaller_network_must_draw_the_same_kind_of_picture(net, net32):
 
 def test_prompts_and_guidance(worded, tmp_path, few):
     save(tmp_path / "net.pt", worded.unet)
-    (tmp_path / "prompts.txt").write_text("red cat\n")
+    (tmp_path / "prompts.txt").write_text("red cat\n" * CHECK.stop + "xylophone\n")  # no seed is for the last one
     flags = ["--ckpt", tmp_path / "net.pt", "--like", "ddim-8", "--budgets", 6, "--pairs", 2, "--out", tmp_path / "out"]
     run(*flags, "--guidance", 2, "--prompts", tmp_path / "prompts.txt")
     rows = rows_of(tmp_path / "out" / "table.md")
@@ -348,6 +347,19 @@ def test_chosen_rows_and_the_error_of_a_distance(net32, real, tmp_path, few):
     assert float(rows["ddpm-5"]["Frechet distance +-"]) == pytest.approx(parts.std(ddof=1) / 3**0.5, rel=1e-3)
 
 
+def test_the_reference_needs_its_timesteps(net32, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "FINEST", FINEST)
+    with pytest.raises(ValueError, match="the reference takes 200 timesteps, and the network has 20"):
+        run("--ckpt", net32, "--like", "ddim-10", "--budgets", 5, "--out", tmp_path / "out")
+
+
+def test_what_is_not_chosen_is_not_searched(net, tmp_path, few, monkeypatch):
+    monkeypatch.setattr(Task, "images", lambda *_: pytest.fail("searched"))
+    flags = ["--like", "ddim-8", "--budgets", 5, "--pairs", 2, "--only", "linear-*"]
+    run("--ckpt", net, *flags, "--out", tmp_path / "out")
+    assert list(rows_of(tmp_path / "out" / "table.md")) == ["whole", "linear-n5-b1"]
+
+
 def test_ancestral_plans(net, tmp_path, few):
     run("--ckpt", net, "--ancestral", 8, "--budgets", 5, "--pairs", 2, "--out", tmp_path)
     rows = rows_of(tmp_path / "table.md")
@@ -381,10 +393,12 @@ def test_ancestral_plans(net, tmp_path, few):
         (["--like", "ddim-10", "--budgets", "5", "50"], "steps=50 is not in 1..20"),
         (["--budgets", "5", "1e400"], "--budgets inf must be positive and finite"),
         (["--budgets", "nan"], "--budgets nan must be positive and finite"),
-        (["--like", "ddim-10", "--budgets", "0.5"], "steps=0 must be a whole number of at least 1"),
+        (["--like", "ddim-10", "--budgets", "0.5"], "--budgets 0.5 is less than a single step costs, 1"),
+        (["--like", "ddim-10", "--budgets", "5", "--out", "SMALL"], "small.npz: this folder cannot be made"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(net32, real, tmp_path, flags, words):
+def test_bad_input_is_refused_before_anything_is_drawn_or_written(net32, real, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(Task, "images", lambda *_: pytest.fail("drawn"))
     np.savez(tmp_path / "small.npz", arr_0=to_uint8(noise(4, 3, 16, 16)))
     flags = [{"REAL": real, "SMALL": tmp_path / "small.npz"}.get(flag, flag) for flag in flags]
     with pytest.raises(ValueError, match=words):

@@ -315,4 +315,9 @@ def test_wrong_flags(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             explore.main(explore.parse([*flags] if "--out" in flags else [*flags, "--out", str(tmp_path / "x.html")]))
+    short = random_unet()
+    short.diffusion = Diffusion(num_timesteps=100)
+    save(tmp_path / "net.pt", short)
+    with pytest.raises(ValueError, match=r"the reference takes 200 timesteps, and .* has 100"):
+        explore.main(explore.parse([*ckpt, "--out", str(tmp_path / "x.html")]))
     assert not (tmp_path / "x.html").exists()

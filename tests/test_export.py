@@ -1,6 +1,7 @@
 """The exported graphs compute what PyTorch does, at any batch size, and cache as the sampling loop does."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -82,3 +83,46 @@ def test_a_network_with_a_context_is_refused():
         export.programs(UNet(UNetConfig(2, 32, (1,), 1, (), context_dim=8, num_tokens=5)), 1)
     with pytest.raises(ValueError, match="takes a context"):  # and not: cannot download
         export.main(export.parse(["--ckpt", "sd15", "--format", "pt2", "--out", "x"]))
+
+
+def test_files_of_others_stay(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "programs", lambda *_: pytest.fail("worked"))
+    for name in ("example.py", "network.json", "full.onnx", "partial_b3.onnx"):
+        path = tmp_path / name
+        path.write_text("{}")
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no export"):
+            export.main(export.parse(["--ckpt", str(net), "--out", str(tmp_path)]))
+        assert path.read_text() == "{}"
+        path.unlink()
+
+
+def test_an_export_that_fails_over_an_older_one_leaves_the_older_one(net, tmp_path, monkeypatch):
+    """And none leaves a network.json beside another network's graphs, wherever it is killed."""
+    flags = ["--ckpt", str(net), "--format", "pt2", "--out", str(tmp_path)]
+    export.main(export.parse(flags))
+    before = {path.name for path in tmp_path.iterdir()}
+    save_program, saved = torch.export.save, []
+
+    def full_disk(program, file):
+        saved.append(program)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        save_program(program, file)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(torch.export, "save", full_disk)
+        (tmp_path / "full.pt2").write_bytes(b"")  # not what the second export would write
+        export.main(export.parse(flags))
+    assert (tmp_path / "full.pt2").read_bytes() == b""
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+    replaced, replace = [], os.replace
+
+    def noted(temporary, path):
+        assert not (tmp_path / "network.json").exists()
+        replaced.append(os.path.basename(path))
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", noted)
+    export.main(export.parse(flags))  # over its own files
+    assert replaced[-1] == "network.json" and {*replaced} == before

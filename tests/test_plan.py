@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from minicache import CachePlan, Recipe, nonuniform, uncached, uniform
@@ -123,3 +124,10 @@ def test_what_is_not_a_recipe_is_refused(tmp_path, content):
 def test_recipe_is_json(tmp_path):
     Recipe(uniform(4, 2)).save(tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["plan"]["refresh"] == [0, 2]
+
+
+def test_a_recipe_may_hold_numbers_of_numpy(tmp_path):
+    steps, two = np.arange(4, 6), np.int64(2)
+    recipe = Recipe(uniform(steps[0], two, two), clip_x0=np.True_, error=np.float64(0.5))
+    recipe.save(tmp_path / "r.json")
+    assert Recipe.load(tmp_path / "r.json") == recipe

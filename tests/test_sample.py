@@ -359,6 +359,9 @@ def test_picture_i_shows_prompt_i(worded, tmp_path, capsys):
     flags = ["--num", "4", "--seed", "3", "--guidance", "3", "--batch-size", "3"]
     again = drawn(tmp_path / "b.npz", "--ckpt", worded, "--prompts", str(tmp_path / "p.txt"), *flags)
     assert np.abs(images.astype(int) - again).max() <= 1
+    (tmp_path / "p.txt").write_text("cat face\nred\n" * 2 + "xylophone\n")  # what no picture shows is not encoded
+    again = drawn(tmp_path / "c.npz", "--ckpt", worded, "--prompts", str(tmp_path / "p.txt"), *flags)
+    assert np.abs(images.astype(int) - again).max() <= 1
     assert "guidance 3, which takes two passes a step" in capsys.readouterr().out
     with pytest.raises(ValueError, match="was made with another prompts"):
         main(parse(["--ckpt", worded, "--prompt", "cat", "--num", "4", "--seed", "3", "--guidance", "3", "--steps", "4",

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minicache.files import temporary_for
+
 # torch's words, on every device
 TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "size calculation overflowed")
 MOST = 10**8  # of whatever a flag counts: who asks for more has mistyped it
@@ -36,6 +38,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
         what = "show where an error comes from, as MINICACHE_DEBUG=1 in the environment does"
         self.add_argument("--debug", action=Debug, nargs=0, default=argparse.SUPPRESS, help=what)
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse misses that the disk is full
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help shows what is allowed\n")
@@ -126,7 +131,7 @@ def prepare_out(out: Path, endings: tuple[str, ...], folder: bool = True) -> Non
     To be called before the work, as it would be a pity after it.
     """
     is_folder = out.suffix == ""
-    if not out.name:
+    if out.name in ("", "..", *endings):
         raise ValueError(f"--out {out} needs a name: a file, or a folder of its own for the pictures")
     if out.suffix not in endings and not (is_folder and folder):
         allowed = f"must be {', '.join(endings)}" if endings else "is not a folder's"
@@ -135,6 +140,12 @@ def prepare_out(out: Path, endings: tuple[str, ...], folder: bool = True) -> Non
     if out.exists() and out.is_dir() != is_folder:
         raise ValueError(f"--out {out}: there is a {'file' if is_folder else 'folder'} of that name")
     make_folder(out if is_folder else out.parent)
+    if not is_folder:
+        try:
+            (temporary := temporary_for(out)).touch()
+            temporary.unlink()
+        except OSError as error:  # as where its name is too long
+            raise ValueError(f"--out {out}: no file of that name can be written ({error.strerror})") from None
 
 
 def make_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ the same steps and the same noise. That is for those who must have one sampler's
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -74,14 +74,22 @@ class Task(NamedTuple):
 
 
 def finest(task: Task, part: int = 1) -> Recipe:
-    """The reference of all samplers without noise, or the like with a part of its steps."""
+    """The reference of all samplers without noise, or the like with a part of its steps. ValueError for a network of
+    fewer timesteps."""
+    T = task.unet.diffusion.num_timesteps
+    if T < FINEST["steps"]:
+        raise ValueError(f"the reference takes {FINEST['steps']} timesteps, and the network has {T}")
     return task.recipe(uncached(FINEST["steps"] // part), FINEST["sampler"], spacing=FINEST["spacing"])
 
 
-def off_the_shelf(task: Task, steps: int, target: Tensor) -> list[Recipe]:
-    """Uncached sampling by the deterministic samplers, each with the best of a few spacings, that are nearest to the
-    target, which is the SHORTLIST's."""
-    found = {task.recipe(uncached(steps), name, spacing=spacing) for name in RIVALS for spacing in SPACINGS}
+def off_the_shelf(task: Task, steps: int) -> list[Recipe]:
+    """Uncached sampling by the deterministic samplers, each with a few spacings."""
+    found = (task.recipe(uncached(steps), name, spacing=spacing) for name in RIVALS for spacing in SPACINGS)
+    return [*dict.fromkeys(found)]
+
+
+def nearest(task: Task, found: Iterable[Recipe], target: Tensor) -> list[Recipe]:
+    """Of each sampler its best spacing, and of these the LISTED nearest to the target, which is the SHORTLIST's."""
     ranked = sorted(found, key=lambda each: (relative_l2(task.images(each, SHORTLIST), target).mean(), each.label))
     best: dict[str, Recipe] = {}
     for each in ranked:
@@ -118,7 +126,8 @@ def fixed(task: Task, whole: Recipe, budget: float) -> Iterator[Recipe]:
 def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, known: Any) -> tuple[Recipe, list[Recipe]]:
     """The recipe that is best on CHECK, and the others that it was compared with; the best so far is kept in `out`."""
     if args.steps is None:
-        rivals, found = off_the_shelf(task, int(budget / task.cost(uncached(1)) + 1e-9), known("short")), {}
+        shelf = off_the_shelf(task, int(budget / task.cost(uncached(1)) + 1e-9))
+        rivals, found = nearest(task, shelf, known("short")), {}
         with tqdm(fits(task, known("path"), budget), desc=f"budget {budget:g}", unit="fit", disable=None) as bar:
             for recipe in bar:
                 bar.set_postfix_str(f"error {recipe.error:.4f}")
@@ -161,7 +170,8 @@ def main(args: argparse.Namespace) -> None:
     weights = fingerprint(unet)
     if unet.config.context_dim and unet.vocabulary is None:
         raise ValueError(f"--ckpt {args.ckpt} takes a context, but no words: calibrate knows only prompts of words")
-    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompts=args.prompts, guidance=args.guidance)
+    asked = {"prompts": args.prompts, "guidance": args.guidance, "num": CHECK.stop}  # more than any seed
+    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     task = Task(place(unet, placement), weights, prompts)
     step = task.cost(uncached(1))
     most = unet.diffusion.num_timesteps * step
@@ -171,8 +181,10 @@ def main(args: argparse.Namespace) -> None:
     whole = None if args.steps is None else task.recipe(uncached(passes(args.steps, args.sampler)), args.sampler)
     limit = whole or finest(task)
     limit.timesteps(unet.diffusion)  # refuses now what it would refuse later
-    folder = None if args.out.endswith(".json") else Path(args.out)
-    prepare_out(Path(args.out), (".json",))
+    out, stem = Path(args.out), Path(args.ckpt).stem + (f"-g{prompts.guidance:g}" if prompts.texts else "")
+    outs = [out if out.suffix else out / f"{stem}-{budget:g}.json" for budget in args.budget]
+    for each in (out, *outs):
+        prepare_out(each, (".json",))
 
     @cache
     def known(name: str) -> Any:  # each takes a while, and is needed for all budgets
@@ -182,9 +194,7 @@ def main(args: argparse.Namespace) -> None:
             return whole
         return task.images(limit, {"short": SHORTLIST, "check": CHECK, "held out": HELD_OUT}[name])
 
-    for budget in args.budget:
-        strength = f"-g{prompts.guidance:g}" if prompts.texts else ""
-        out = folder / f"{Path(args.ckpt).stem}{strength}-{budget:g}.json" if folder else Path(args.out)
+    for budget, out in zip(args.budget, outs):
         best, compared = best_for(task, args, budget, out, known)
         print(report(task, compared, known("held out")))
         print(f"{out}: {best.sampler}, {best.plan.steps} steps, {len(best.plan.refresh)} in full", flush=True)

@@ -63,10 +63,10 @@ from minicache.plan import uncached
 from minicache.recipe import recipes_in
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
-from minicache.tools import Parser, at_least, markdown
-from minicache.tools.calibrate import HELD_OUT, Task, finest
+from minicache.tools import Parser, at_least, make_folder, markdown
+from minicache.tools.calibrate import CHECK, HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
-from minicache.tools.methods import FLOOR, Method, draws_noise, methods, smaller, whole_run
+from minicache.tools.methods import FLOOR, Method, draws_noise, methods, shortlisted, smaller, whole_run
 from minicache.words import prompts_for
 
 SHOWN = 8  # images a row of samples.png
@@ -198,12 +198,15 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     num = args.num or max(1000, args.pairs) if real else args.pairs
     if num % args.sets or num < 2 * args.sets:
         raise ValueError(f"--num {num} cannot be parted into {args.sets} equal sets of two pictures or more")
-    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompts=args.prompts, guidance=args.guidance)
+    asked = {"prompts": args.prompts, "guidance": args.guidance, "num": max(num, CHECK.stop)}  # more than any seed
+    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     task = Task(place(unet, placement), weights, prompts)
     whole = whole_run(task, args.like, args.spacing, args.eta)
     other = smaller(task, whole, args.smaller, placement) if args.smaller else {}
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
+    make_folder(Path(args.out))
+    found = shortlisted(task, found)
     dtype = str(placement.dtype).removeprefix("torch.")
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": dtype}
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real

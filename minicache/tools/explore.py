@@ -94,6 +94,8 @@ def prepared(ckpt: str, asked: list[str] | None, num: int, steps: int) -> Stage:
     most = min(T, TALLEST // side)
     if not 10 <= steps <= most:
         raise ValueError(f"--steps {steps} is not in 10..{most}, for pictures of {side} pixels and {T} timesteps")
+    if T < FINEST["steps"]:
+        raise ValueError(f"the reference takes {FINEST['steps']} timesteps, and {ckpt} has {T}")
     if unet.config.in_channels not in (1, 3):
         raise ValueError(f"{ckpt} draws {unet.config.in_channels} channels, which are no picture")
     prompts = prompts_for(ckpt, unet, unet.vocabulary, prompt=asked)

@@ -15,7 +15,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ from torch.export import Dim, ExportedProgram
 
 from minicache.checkpoints import REGISTRY, fingerprint, load, shape_of
 from minicache.files import replacing
+from minicache.reading import read_whole, understood
 from minicache.tools import Parser, make_folder
 from minicache.unet import UNet
 
 FORMATS = ("onnx", "pt2")
+TOLD = {"full", "partial", "shape", "branch", "fingerprint", "alphas_bar"}  # in network.json
 
 
 class Graph(nn.Module):
@@ -61,15 +64,30 @@ def programs(unet: UNet, branch: int) -> dict[str, ExportedProgram]:
     }
 
 
+def refuse_others(folder: Path, names: Iterable[str]) -> None:
+    """ValueError where files of these names are somebody's: one is there, and no network.json of an earlier export."""
+    with suppress(ValueError), understood(folder / "network.json", "of an export"):
+        if {*json.loads(read_whole(folder / "network.json"))} == TOLD:
+            return
+    for name in names:
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name} exists, and is of no export; choose another --out")
+
+
 def save_onnx(path: Path, program: ExportedProgram, outputs: list[str]) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
     inputs = ["x", "t", "cached_U"][: len(program.graph_signature.user_inputs)]
-    with replacing(path) as temporary, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         torch.onnx.export(
-            program, f=temporary, dynamo=True, input_names=inputs, output_names=outputs, external_data=False,
+            program, f=path, dynamo=True, input_names=inputs, output_names=outputs, external_data=False,
             verbose=False,
         )  # fmt: skip
+
+
+def save_pt2(path: Path, program: ExportedProgram) -> None:
+    torch.export.save(program, packed := io.BytesIO())  # on a full disk, torch itself ends the process
+    path.write_bytes(packed.getbuffer())
 
 
 def main(args: argparse.Namespace) -> None:
@@ -82,32 +100,32 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--format onnx needs {error.name}: pip install 'minicache[onnx]'") from None
     if args.ckpt in REGISTRY:
         refuse_context(shape_of(args.ckpt))  # before it is downloaded
+    graphs = {"full": f"full.{ending}", "partial": f"partial_b{args.branch}.{ending}"}
+    names = ["network.json", *graphs.values(), *["example.py"] * (ending == "onnx")]
+    refuse_others(out, names)
     unet = load(args.ckpt, memory_format="contiguous")
     size = unet.config.image_size
     unet.cached_shape(args.branch, size, size)  # a branch that is not there is said now
     make_folder(out)
-    names = {"full": f"full.{ending}", "partial": f"partial_b{args.branch}.{ending}"}
-    for kind, program in programs(unet, args.branch).items():
-        if ending == "onnx":
-            save_onnx(out / names[kind], program, ["eps", "cached_U"] if kind == "full" else ["eps"])
-        else:
-            torch.export.save(program, packed := io.BytesIO())  # on a full disk, torch itself ends the process
-            with replacing(out / names[kind]) as temporary:
-                temporary.write_bytes(packed.getbuffer())
     network = {
-        **names,
+        **graphs,
         "shape": [unet.config.in_channels, size, size],
         "branch": args.branch,
         "fingerprint": fingerprint(unet),
         "alphas_bar": unet.diffusion.alphas_bar.tolist(),
     }
-    files = {"network.json": json.dumps(network) + "\n"}
-    if ending == "onnx":
-        files["example.py"] = Path(__file__).with_name("onnx_example.py").read_text()
-    for name, text in files.items():
-        with replacing(out / name) as temporary:
-            temporary.write_text(text)
-    print(f"{out}: {', '.join([*names.values(), *files])}")
+    with ExitStack() as stack:  # which renames the first one last: network.json says that the others are there
+        files = {name: stack.enter_context(replacing(out / name)) for name in names}
+        for kind, program in programs(unet, args.branch).items():
+            if ending == "onnx":
+                save_onnx(files[graphs[kind]], program, ["eps", "cached_U"] if kind == "full" else ["eps"])
+            else:
+                save_pt2(files[graphs[kind]], program)
+        if ending == "onnx":
+            files["example.py"].write_text(Path(__file__).with_name("onnx_example.py").read_text())
+        files["network.json"].write_text(json.dumps(network) + "\n")
+        (out / "network.json").resolve().unlink(missing_ok=True)  # an older one, before its graphs go
+    print(f"{out}: {', '.join(names)}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

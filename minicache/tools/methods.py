@@ -17,10 +17,11 @@ from minicache.plan import CachePlan, PlanCache, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.samplers import SAMPLERS, passes
 from minicache.solver import Solver
-from minicache.tools.calibrate import CALIBRATION, SHORTLIST, Task, finest, off_the_shelf
+from minicache.tools.calibrate import CALIBRATION, SHORTLIST, Task, finest, nearest, off_the_shelf
 
 INTERVALS = (2, 3, 5, 10)  # of the plans that are published
 FLOOR = "floor"
+SHELF = "uncached"
 
 
 class Spectrum(PlanCache):
@@ -121,14 +122,29 @@ def smaller(task: Task, whole: Recipe, ckpt: str, placement: Placement) -> dict[
     return {"smaller": {f"smaller-{name_of(recipe)}": Method(recipe, task=other)}}
 
 
-def fewer_steps(task: Task, whole: Recipe, budget: float, target: Tensor | None) -> dict[str, dict[str, Method]]:
-    """Uncached runs for this cost: of those deterministic samplers that come near to the target, the reference of a few
-    seeds, where there is one; and of the sampler of `whole`."""
-    steps = int(budget / task.cost(uncached(1)) + 1e-9)
-    kinds = {} if target is None else {"uncached": off_the_shelf(task, steps, target)}
+def fewer_steps(task: Task, whole: Recipe, budget: float) -> dict[str, dict[str, Method]]:
+    """Uncached runs for this cost: of the deterministic samplers, unless `whole` draws noise; and of that of `whole`.
+
+    ValueError for a cost below that of a step.
+    """
+    step = task.cost(uncached(1))
+    steps = int(budget / step + 1e-9)
+    if not steps:
+        raise ValueError(f"--budgets {budget:g} is less than a single step costs, {step:g}")
+    kinds = {} if draws_noise(whole) else {SHELF: off_the_shelf(task, steps)}
     if steps > 2 or not whole.entry.twice:
         kinds[whole.sampler] = [replace(whole, plan=uncached(steps))]
     return {f"{kind}-{budget:g}": {name_of(each): Method(each) for each in row} for kind, row in kinds.items()}
+
+
+def shortlisted(task: Task, found: dict[str, dict[str, Method]]) -> dict[str, dict[str, Method]]:
+    """The same rows, but in those of the SHELF only what is nearest to the reference, on a few seeds; draws them."""
+    target, listed = cache(lambda: task.images(finest(task), SHORTLIST)), dict(found)
+    for name, row in found.items():
+        if name.startswith(f"{SHELF}-"):
+            best = nearest(task, [method.recipe for method in row.values()], target())
+            listed[name] = {name_of(each): Method(each) for each in best}
+    return listed
 
 
 def name_of(uncached: Recipe) -> str:
@@ -139,16 +155,16 @@ def name_of(uncached: Recipe) -> str:
 def methods(
     task: Task, whole: Recipe, budgets: Iterable[float], recipes: Iterable[Recipe]
 ) -> dict[str, dict[str, Method]]:
-    """Row -> name -> method, of one cost, of which the best counts. The first row is `whole`.
+    """Row -> name -> method, of one cost, of which the best counts. The first row is `whole`. Nothing is drawn: see
+    `shortlisted`.
 
     ValueError for what cannot be drawn.
     """
     found = {"whole": {name_of(whole): Method(whole)}}
     found |= {name: {name: method} for name, method in published(task, whole).items()}
     found |= fitted(task, whole, recipes)
-    target = None if draws_noise(whole) else task.images(finest(task), SHORTLIST)
     for budget in budgets:
-        found |= fewer_steps(task, whole, budget, target)
+        found |= fewer_steps(task, whole, budget)
     if not draws_noise(whole):
         found[FLOOR] = {FLOOR: Method(finest(task, part=2))}
     for row in found.values():
