@@ -166,7 +166,8 @@ def show(
     plan, film = settings["plan"], out.suffix == ".gif"
     if args.compare:  # the first pass of each kind prepares kernels, and is not what should be compared
         warm_up = {"plan": CachePlan(3, plan.branch, (0,)), "guidance": settings["guidance"]}
-        draw(unet, seeds[: args.batch_size], args.batch_size, prompts, warm_up, finish)
+        for count in {min(args.num, args.batch_size), args.num % args.batch_size} - {0}:  # kernels go by the size, too
+            draw(unet, seeds[:count], count, prompts, warm_up, finish)
     frames, seconds = draw(unet, seeds, args.batch_size, prompts, settings, finish, film)
     print(f"{args.num} images (seeds {seeds[0]}..{seeds[-1]}) in {seconds:.1f} s: {args.num / seconds:.2f} images/s")
     scale, labels = enlargement(frames[0].shape[1]), prompts.labels(seeds)

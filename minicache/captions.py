@@ -104,7 +104,8 @@ def from_csv(path: Path) -> Captioned:
     """The pictures of a captions.csv: each line is a file beside it and a caption; the first may be a header."""
     found: list[tuple[Path, str, str]] = []
     with understood(path, "a CSV file in UTF-8"):
-        rows = list(csv.reader(io.StringIO(read_whole(path).decode("utf-8-sig"), newline="")))
+        text = io.StringIO(read_whole(path).decode("utf-8-sig"), newline="")
+        rows = list(csv.reader(text, strict=True))  # who forgets to close a quote is told
     for number, row in enumerate(rows, start=1):
         cells, where = [cell.strip() for cell in row], f"{path}, line {number}"
         if not any(cells) or (number == 1 and [cell.lower() for cell in cells] == ["file", "caption"]):
@@ -112,6 +113,8 @@ def from_csv(path: Path) -> Captioned:
         if len(cells) != 2:
             raise ValueError(f"{where}: need a file and a caption (in quotes, if it has commas), not {','.join(row)!r}")
         file, caption = cells
+        if "\n" in caption or "\r" in caption:
+            raise ValueError(f"{where}: the caption {caption[:80]!r} goes over several lines; is a quote not closed?")
         if not (path.parent / file).is_file():
             raise ValueError(f"{where}: there is no picture {file!r} in {path.parent}")
         if not words_in(caption):

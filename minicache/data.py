@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ def source(name: str, image_size: int, out: Path | None = None) -> Source:
             raise ValueError(f"image_size={image_size}: CIFAR-10 has 32")
         images, _ = cifar10()
     else:
-        if out and out.resolve().is_relative_to(Path(name).resolve()):
+        if out and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(name)):
             raise ValueError(f"--out {out} lies in --data {name}: a resumed run would learn from its own previews")
         images = read_images(Path(name), image_size)
 

@@ -29,10 +29,10 @@ TEMPORARY = re.compile(rf"\.(.+)\.{re.escape(platform.node())}-(\d{{1,9}})\.tmp(
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` at the end, removed if anything goes wrong."""
-    path = Path(os.path.realpath(path))  # what a link leads to is replaced, and not the link
+    named, path = Path(path), Path(os.path.realpath(path))  # what a link leads to is replaced, and not the link
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is a device, a pipe or a socket, which a file would replace")
-    temporary = temporary_for(path)
+    temporary = path.parent / temporary_for(named).name  # writers go by the ending of the name that was given
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     try:

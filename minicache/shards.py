@@ -136,7 +136,9 @@ class ImageSet:
         """
         if self.complete:
             self.check(self.out, packed_manifest(self.out))
-            self.discard()  # left by a process that was killed at the very end
+            with suppress(OSError, ValueError):  # nothing is left, or it is somebody's
+                self.check(self.folder, self.read(self.folder / "manifest.json"))
+                self.discard()  # left by a process that was killed at the very end
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +213,7 @@ class ImageSet:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the shards of an .npz, and their folder, unless it holds what somebody else has put there."""
+        """Remove the shards of an .npz, then what tells that they are ours, and their folder, unless it holds more."""
         for path in (*(self.files(shard)[0] for shard in self.shards), self.folder / "manifest.json"):
             path.unlink(missing_ok=True)
         with suppress(OSError):

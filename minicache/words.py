@@ -122,7 +122,7 @@ def prompts_for(
         raise ValueError(f"--class: {name} knows words, not classes: use --prompt")
     texts = [*(prompt or ()), *(lines_of(prompts) if prompts else ())] or list(words.examples)
     if not texts:
-        if flag:
+        if flag and (flag, guidance) != ("guidance", 1):  # which asks for no prompt to be followed
             raise ValueError(f"--{flag} needs a --prompt")
         return Prompts([])
     guidance = words.guidance if guidance is None else guidance

@@ -89,6 +89,16 @@ def test_several_budgets_into_a_folder_and_a_cache(net, tmp_path, capsys, monkey
     assert "| fitted | 5 full, " in capsys.readouterr().out  # the cached one is in the table, chosen or not
 
 
+def test_a_recipe_for_another_network_is_not_replaced(net, tmp_path):
+    (tmp_path / "net-4.json").write_text("mine")
+    Recipe(uncached(3), fingerprint="another").save(tmp_path / "net-3.json")
+    before = [path.read_text() for path in sorted(tmp_path.iterdir())]
+    for budgets, words in (((3,), "for another network"), ((4,), "not a recipe"), ((6, 6.0000001), "one name in")):
+        with pytest.raises(ValueError, match=words):
+            run("--ckpt", net, "--budget", *budgets, "--out", tmp_path)
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == before
+
+
 def test_a_network_of_words(worded, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("cat face\nred\n" * 52 + "xylophone\n")  # no seed is for the last one
     run("--ckpt", worded, "--budget", 6.5, "--guidance", 3, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "r")

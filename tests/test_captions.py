@@ -81,6 +81,8 @@ def test_a_long_caption_makes_room_for_itself(tmp_path):
             "a.png,a cat, red",
             r"line 1: need a file and a caption \(in quotes, .*\), not 'a.png,a cat, red'",
         ),
+        ('a.png,"a cat\na.png,a dog', "is not a CSV file"),
+        ('a.png,"a cat\na.png,a ""dog"', "line 1: the caption 'a cat.* goes over several lines"),
         ("a.png", "line 1: need a file and a caption"),
         ("a.png, ", "line 1: the caption '' of a.png has no words"),
         ("a.png,12", "line 1: the caption '12' of a.png has no words"),

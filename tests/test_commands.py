@@ -153,10 +153,15 @@ def test_a_folder_is_tried_before_the_work(tmp_path):
     assert not list((tmp_path / "two" / "deep").iterdir())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")
 def test_the_name_of_an_output_is_tried_before_the_work(tmp_path):
     for name in (".", "..", f"{tmp_path}/..", ".json", f"{tmp_path}/.json"):
         with pytest.raises(ValueError, match=f"--out {name} needs a name"):
             prepare_out(Path(name), (".json", ".npz"))
+    os.mkfifo(tmp_path / "p.npz")
+    with pytest.raises(ValueError, match=r"p\.npz is a device, a pipe or a socket"):
+        prepare_out(tmp_path / "p.npz", (".npz",))
+    (tmp_path / "p.npz").unlink()
     long = tmp_path / ("x" * 235 + ".json")  # while it is written, its name is longer
     with pytest.raises(ValueError, match=r"--out .*x\.json: no file of that name can be written \(File name too long"):
         prepare_out(long, (".json",))

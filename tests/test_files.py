@@ -242,6 +242,11 @@ def test_links_and_pipes_are_not_replaced(tmp_path):
     with replacing(tmp_path / "link") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    (tmp_path / "link.png").symlink_to("file")
+    with replacing(tmp_path / "link.png") as temporary:
+        temporary.write_text(temporary.suffix)
+    assert (tmp_path / "file").read_text() == ".png"  # Pillow goes by the ending, and the user said which
+    (tmp_path / "link.png").unlink()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "stdout").symlink_to("pipe")
     for name in ("pipe", "stdout"):

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT, SMALL, random_unet
 from PIL import Image
 
-from minicache import Diffusion, Recipe, UNet, UNetConfig, load, nonuniform, uniform
+import sample as sample_py
+from minicache import Diffusion, Recipe, UNet, UNetConfig, load, nonuniform, uncached, uniform
 from minicache.checkpoints import fingerprint, save
 from minicache.cost import full_passes
 from minicache.images import grid, to_uint8
@@ -90,6 +91,13 @@ def test_compare_shows_uncached_on_the_left(net, tmp_path, capsys, ending):
     for half, interval in ((left, 1), (right, 5)):
         assert np.array_equal(half, grid(to_uint8(sample_images(unet, [0, 1, 2], plan=uniform(6, interval, 1)))))
     assert not np.array_equal(left, right)
+
+
+def test_compare_prepares_every_size_of_a_batch(net, tmp_path, monkeypatch):
+    sizes, inner = [], sample_py.draw
+    monkeypatch.setattr(sample_py, "draw", lambda *args: sizes.append((len(args[1]), args[2])) or inner(*args))
+    draw(net, "--compare", "--batch-size", "2", "--out", tmp_path / "x.png")
+    assert sorted(sizes[:2]) == [(1, 1), (2, 2)] and sizes[2:] == [(3, 2), (3, 2)]
 
 
 def test_compare_at_interval_one_is_the_same_picture(net, tmp_path, capsys):
@@ -415,6 +423,17 @@ def test_wrong_prompts(worded, tmp_path, flags, words):
     with pytest.raises((ValueError, OSError), match=words):
         main(parse(["--ckpt", worded, *flags, "--out", str(tmp_path / "x.png")]))
     assert not list(tmp_path.iterdir())
+
+
+def test_guidance_1_needs_no_prompt(worded, tmp_path):
+    unet = load(worded)
+    unet.vocabulary = replace(unet.vocabulary, examples=())
+    save(tmp_path / "net.pt", unet)
+    Recipe(uncached(6)).save(tmp_path / "r.json")
+    draw(tmp_path / "net.pt", "--plan", tmp_path / "r.json", "--out", tmp_path / "x.png")
+    Recipe(uncached(6), guidance=2.0).save(tmp_path / "r.json")
+    with pytest.raises(ValueError, match="--guidance needs a --prompt"):
+        draw(tmp_path / "net.pt", "--plan", tmp_path / "r.json", "--out", tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("flags", [["--prompt", "cat"], ["--negative", "cat"], ["--guidance", "3"], ["--class", "3"]])

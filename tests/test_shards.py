@@ -329,8 +329,21 @@ def test_killed_between_the_npz_and_the_end(tmp_path):
     fill(images, images_of)
     images.folder.mkdir()
     (images.folder / "000000000.npy").write_bytes(b"no longer needed")
+    (images.folder / "manifest.json").write_text('{"eta": 0.5}')
     assert fill(images, images_of) == 0
     assert not images.folder.exists()
+
+
+@pytest.mark.parametrize("told", [None, "mine", '{"eta": 0.25}'])
+def test_a_folder_of_another_origin_beside_a_complete_npz_stays(tmp_path, told):
+    images = ImageSet(tmp_path / "x.npz", range(4), 2, {"eta": 0.5})
+    fill(images, images_of)
+    images.folder.mkdir()
+    (images.folder / "000000000.npy").write_bytes(b"mine")
+    if told:
+        (images.folder / "manifest.json").write_text(told)
+    before = contents(images.folder)
+    assert fill(images, images_of) == 0 and contents(images.folder) == before
 
 
 @pytest.mark.parametrize("before", [True, False])

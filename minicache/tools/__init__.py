@@ -137,6 +137,8 @@ def prepare_out(out: Path, endings: tuple[str, ...], folder: bool = True) -> Non
         allowed = f"must be {', '.join(endings)}" if endings else "is not a folder's"
         allowed += ", or none, for a folder" if endings and folder else ""
         raise ValueError(f"--out {out}: the ending {allowed}")
+    if out.exists() and not (out.is_file() or out.is_dir()):
+        raise ValueError(f"--out {out} is a device, a pipe or a socket")
     if out.exists() and out.is_dir() != is_folder:
         raise ValueError(f"--out {out}: there is a {'file' if is_folder else 'folder'} of that name")
     make_folder(out if is_folder else out.parent)

@@ -185,6 +185,10 @@ def main(args: argparse.Namespace) -> None:
     outs = [out if out.suffix else out / f"{stem}-{budget:g}.json" for budget in args.budget]
     for each in (out, *outs):
         prepare_out(each, (".json",))
+        if each != out and each.exists() and Recipe.load(each).fingerprint != weights:
+            raise ValueError(f"{each} is a recipe for another network; choose another --out")
+    if len({*outs}) < len(outs):
+        raise ValueError(f"two of --budget {args.budget} would have one name in {out}")
 
     @cache
     def known(name: str) -> Any:  # each takes a while, and is needed for all budgets
