@@ -109,7 +109,7 @@ MUTANTS = {
     "files": [
         ("os.replace(temporary, path)",
          "(shutil.copytree if temporary.is_dir() else shutil.copy)(temporary, path)", "images_and_data"),
-        ("if checksum and digest(part, algorithm) != expected", "if False", "checkpoints"),
+        ("if checksum and digest(part, algorithm) != expected", "if False", "files"),
     ],
     "cost": [
         ("PassCost(weighted // 2", "PassCost(weighted", "cost"),

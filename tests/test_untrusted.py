@@ -69,6 +69,8 @@ def test_a_shard_of_a_set_that_is_resumed(tmp_path, sprung):
     good, bad = (images.files(shard)[0] for shard in images.shards)
     np.save(good, np.zeros((1, 4, 4, 3), np.uint8))
     np.save(bad, array(sprung))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        images.finish()
     with suppress(ValueError):  # refused, or drawn again
         fill(images, lambda seeds: np.zeros((1, 4, 4, 3), np.uint8))
     assert not sprung.exists()
