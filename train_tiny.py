@@ -32,11 +32,12 @@ from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import load, read_file, save
 from minicache.data import CaptionedSource, batch, source, wordless
 from minicache.diffusion import Diffusion
-from minicache.files import locked, replacing
+from minicache.files import locked
 from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
 from minicache.placement import choose_placement
 from minicache.sampling import sample
 from minicache.tools import Parser, at_least, interruptions, make_folder, run
+from minicache.tools.log import claim, log
 from minicache.unet import UNet, UNetConfig
 from minicache.words import Vocabulary
 
@@ -110,6 +111,7 @@ def main(**flags: Any) -> Path:
     print(f"{parameters:,} parameters, {precision}, {training.device}, {torch.get_num_threads()} threads", flush=True)
     with locked(settings.folder, f"{settings.folder}: another run trains there"), interruptions() as interrupted:
         training.begin()  # again, as another run may have ended in the meantime
+        claim(settings.folder)
         train(training, draw, interrupted)
     return settings.last
 
@@ -184,7 +186,7 @@ class Training:
         norm = torch.stack(torch._foreach_norm(list(self.unet.parameters()))).norm().item()
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before anything is saved or drawn
             told = f"the loss of step {self.step} is {loss}, and the norm of the weights after it {norm}"
-            again = "--resume: last.pt is as it was" if self.settings.last.exists() else "begin again"
+            again = "begin again" + ", or --resume if last.pt is still good" * self.settings.last.exists()
             raise ValueError(f"{told}; lower --lr, and {again}")
         return each
 
@@ -226,13 +228,19 @@ class Training:
 
 def network(settings: Settings, vocabulary: Vocabulary | None) -> UNet:
     """The network to train, in training mode: --init's, with its own vocabulary, or one of random weights."""
+    shape = {each.name: getattr(settings, each.name) for each in fields(UNetConfig) if hasattr(settings, each.name)}
     if settings.init:
         unet = load(settings.init).train()
+        config = unet.config
         if (unet.vocabulary is None) != (vocabulary is None):
             knows, has = ("has" if words else "has no" for words in (unet.vocabulary, vocabulary))
             raise ValueError(f"--init {settings.init} {knows} words, and --data {settings.data} {has} captions")
+        if config.in_channels != 3 or (config.context_dim and unet.vocabulary is None):
+            raise ValueError(f"--init {settings.init}: need 3 channels, and a context of words or none, not {config}")
+        for name, value in shape.items():
+            if value not in (getattr(Settings, name), its := getattr(config, name)):
+                raise ValueError(f"--{name.replace('_', '-')} {value} contradicts --init {settings.init}: it has {its}")
     else:
-        shape = {each.name: getattr(settings, each.name) for each in fields(UNetConfig) if hasattr(settings, each.name)}
         if not vocabulary:
             shape |= {"context_dim": None, "heads": 1, "pooled_context": False}
         unet = UNet(UNetConfig(**shape, num_tokens=vocabulary and 1 + len(vocabulary.words)))
@@ -263,14 +271,6 @@ def preview(unet: UNet, path: Path) -> None:
         images = to_uint8(sample(unet, range(len(shown) or 16), steps=min(steps, T), sampler=sampler, **words))
         sheets.append(labelled(images, shown, scale=scale) if shown else grid(images))
     save_png(path, beside(*sheets), 1 if shown else scale)
-
-
-def log(path: Path, step: int, *values: float) -> None:
-    """Add a line to the CSV file at `path`, in place of those from this step on, which a run that was killed left."""
-    lines = path.read_text().splitlines() if path.exists() else ["step,loss,loss_noisiest_tenth,seconds"]
-    kept = [line for line in lines if not line[:1].isdigit() or int(line.split(",")[0]) < step]
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join([*kept, ",".join([str(step), *(f"{value:.6g}" for value in values)]), ""]))
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import save
 from minicache.data import batch, wordless
 from minicache.images import BAND, save_png
+from minicache.tools.log import log
 from minicache.words import Vocabulary
 from train_tiny import BINS, Settings, Training, main, parse
 
@@ -215,9 +216,55 @@ def test_previews_never_become_pictures_to_learn_from(tmp_path, monkeypatch):
     main(data="shapes", out="shapes/1", **{**QUICK, "steps": 1})  # no folder, though there is one of that name
 
 
+@pytest.mark.parametrize("name, content", [
+    ("log.csv", b"id,amount\n1,10\n"), ("log.csv", b""), ("log.csv", b"\xff"), ("log.csv", None),
+    ("preview_000006.png", b"mine"),
+])  # fmt: skip
+def test_logs_and_previews_of_others_stay(tmp_path, name, content):
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} (is not the log of a training run|exists, and no log)"):
+        main(out=str(tmp_path), **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert content is None or (tmp_path / name).read_bytes() == content
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    flags = {**QUICK, "preview_every": 1, "steps": 2, "out": str(tmp_path)}
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Training, "save", killed)
+        main(**flags)
+    assert (tmp_path / "preview_000001.png").exists() and not (tmp_path / "last.pt").exists()
+    assert main(**flags).exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"image_size": 64}, "--image-size 64 contradicts --init .*net.pt: it has 16"),
+    ({"dropout": 0.5}, r"--dropout 0\.5 contradicts --init"),
+])  # fmt: skip
+def test_flags_that_the_given_weights_do_not_allow(tmp_path, change, words):
+    save(tmp_path / "net.pt", random_unet())
+    with pytest.raises(ValueError, match=words):
+        main(init=str(tmp_path / "net.pt"), out=str(tmp_path / "out"), steps=1, **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_no_pictures_here_can_train(tmp_path):
+    for change in ({"in_channels": 1, "out_channels": 1}, {"context_dim": 8}):
+        save(tmp_path / "net.pt", random_unet(replace(SMALL, **change)))
+        with pytest.raises(ValueError, match=r"--init .*net\.pt: need 3 channels, and a context of words or none"):
+            main(init=str(tmp_path / "net.pt"), out=str(tmp_path / "out"), steps=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_log_has_one_line_a_step(tmp_path):
     for step in (100, 200, 300, 200, 300):  # killed, and gone on after step 100
-        train_tiny.log(tmp_path / "log.csv", step, 0.5, math.nan, 1.0)
+        log(tmp_path / "log.csv", step, 0.5, math.nan, 1.0)
     assert [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()] == [
         "step",
         "100",
@@ -307,10 +354,10 @@ def test_a_network_begins_with_words_or_without(tmp_path, words, monkeypatch):
     with pytest.raises(ValueError, match=r"--init net.pt has words, and --data shapes has no captions"):
         main(out=str(tmp_path / "out"), init="net.pt", **QUICK)
     with pytest.raises(ValueError, match="the network has not learned the word 'red'"):
-        main(out=str(tmp_path / "out"), init="net.pt", **words)
+        main(out=str(tmp_path / "out"), init="net.pt", data=words["data"])
     unet.vocabulary = None
     with pytest.raises(ValueError, match=r"--init net.pt has no words, and --data .*emoji has captions"):
-        main(out=str(tmp_path / "out"), init="net.pt", **words)
+        main(out=str(tmp_path / "out"), init="net.pt", data=words["data"])
     assert not (tmp_path / "out").exists()
 
 
@@ -344,7 +391,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     """The step that spoils them is also the one that is saved, and its own loss does not tell yet."""
     last = main(out=str(tmp_path), **{**QUICK, "steps": 2})
     before = last.read_bytes()
-    with pytest.raises(ValueError, match=r"the loss of step 3 is .*last.pt is as it was"):
+    with pytest.raises(
+        ValueError, match=r"the loss of step 3 is .*begin again, or --resume if last.pt is still good"
+    ):
         main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 3, "lr": 1e300})
     assert last.read_bytes() == before
 
@@ -355,7 +404,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 
     loss = Diffusion.loss
     monkeypatch.setattr(Diffusion, "loss", with_nan_gradients)
-    with pytest.raises(ValueError, match=r"the loss of step 3 is .*last.pt is as it was"):
+    with pytest.raises(
+        ValueError, match=r"the loss of step 3 is .*begin again, or --resume if last.pt is still good"
+    ):
         main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 3})
     assert last.read_bytes() == before
 
@@ -371,5 +422,5 @@ def test_beta_end_changes_nothing_else_of_the_given_schedule(tmp_path):
     unet = random_unet()
     unet.diffusion = Diffusion(num_timesteps=40, beta_end=0.1, variance="fixed_small")
     save(tmp_path / "net.pt", unet)
-    last = main(out=str(tmp_path), init=str(tmp_path / "net.pt"), **{**QUICK, "steps": 1, "beta_end": 0.2})
+    last = main(out=str(tmp_path), init=str(tmp_path / "net.pt"), steps=1, batch_size=8, beta_end=0.2)
     assert load(last).diffusion == Diffusion(num_timesteps=40, beta_end=0.2, variance="fixed_small")
