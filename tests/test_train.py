@@ -391,9 +391,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     """The step that spoils them is also the one that is saved, and its own loss does not tell yet."""
     last = main(out=str(tmp_path), **{**QUICK, "steps": 2})
     before = last.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"the loss of step 3 is .*begin again, or --resume if last.pt is still good"
-    ):
+    with pytest.raises(ValueError, match=r"the loss of step 3 is .*begin again, or --resume if last.pt is still good"):
         main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 3, "lr": 1e300})
     assert last.read_bytes() == before
 
@@ -404,9 +402,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 
     loss = Diffusion.loss
     monkeypatch.setattr(Diffusion, "loss", with_nan_gradients)
-    with pytest.raises(
-        ValueError, match=r"the loss of step 3 is .*begin again, or --resume if last.pt is still good"
-    ):
+    with pytest.raises(ValueError, match=r"the loss of step 3 is .*begin again, or --resume if last.pt is still good"):
         main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 3})
     assert last.read_bytes() == before
 
