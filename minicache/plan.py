@@ -101,7 +101,7 @@ def nonuniform(
 
 def _signed_points(steps: int, count: int, center: float, power: float) -> list[int]:
     root = np.linspace(-(center ** (1 / power)), (steps - center) ** (1 / power), count + 1)
-    points = np.floor(np.sign(root) * np.abs(root) ** power + center + 1e-9)[:-1]
+    points = np.floor(np.sign(root) * np.abs(root) ** power + center + 1e-9)[:-1].clip(max=steps - 1)
     return sorted({0, *points[1:].astype(int).tolist()})
 
 

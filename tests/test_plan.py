@@ -29,6 +29,7 @@ def test_nonuniform_always_has_as_many_refreshes_as_uniform(center, power, inter
     plan = nonuniform(20, interval, center, power)
     assert len(plan.refresh) == len(uniform(20, interval).refresh)
     assert nonuniform(1, 5, 0, 1.2).refresh == (0,)
+    assert nonuniform(3, 2, 3, 50.0).refresh == (0, 2)  # rounding would say 3, after the last step
 
 
 def test_nonuniform_is_densest_about_the_center():
