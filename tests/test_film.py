@@ -1,6 +1,7 @@
 """The film: three rows on one clock, their counters, what it weighs, and what it refuses."""
 
 import re
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from conftest import ROOT, random_unet
 from PIL import Image, ImageSequence
 
-from minicache import Recipe, load, sample, uniform
+from minicache import Recipe, denoise, load, sample, uniform
 from minicache.checkpoints import save
 from minicache.cost import full_passes
 from minicache.images import to_uint8
@@ -56,6 +57,21 @@ def test_pictures_begin_as_one_noise_and_end_as_sample_draws_them(made):
         assert (row.pictures[-1] == to_uint8(sample(load("tiny_cifar10"), range(2), plan=plan))).all()
     near = abs(rows[2].pictures[-1].astype(float) - rows[0].pictures[-1]).mean()
     assert near < 0.2 * abs(rows[0].pictures[0].astype(float) - rows[0].pictures[-1]).mean()
+
+
+def test_of_a_step_its_picture_alone_is_kept(unet, monkeypatch):
+    """All else of many steps would be gigabytes."""
+    made, left = [], []
+
+    def watched(*args, **settings):
+        for step in denoise(*args, **settings):
+            left.append(sum(each() is not None for each in made))
+            made.extend(weakref.ref(tensor) for tensor in (step.x, step.eps, step.cached_U))
+            yield step
+
+    monkeypatch.setattr(film, "denoise", watched)
+    pictures, _ = film.emerging(unet, range(1), plan=uniform(6, 2, 1), guidance=1.0)
+    assert len(pictures) == 7 and max(left) <= 4  # the last ones, and the cache
 
 
 def test_counters_stop_with_the_pictures(made):

@@ -32,7 +32,7 @@ from minicache.words import prompts_for
 
 FRAMES, MILLISECONDS, PAUSE = 100, 100, 2600  # after the first; each; the last
 COLORS, STILL = 95, 8  # a pixel stands still until it changes by more, of 255; both keep the file small
-PICTURES = 32  # in a row, at most; the states of all steps of all of them are held at once
+PICTURES = 32  # in a row, at most; those of all steps are held at once
 SIDE, LEFT, BOTTOM = 128, 250, 34  # pixels: of a picture; beside and below all of them
 INK, MUTED, TRACK, GREY, BLUE, RED = "#1c2026", "#626973", "#e3e0d9", "#7d8590", "#2563c9", "#c33d2b"
 
@@ -51,8 +51,10 @@ def emerging(unet: UNet, seeds: range, **settings: Any) -> tuple[list[np.ndarray
     """The noise, then each step's predicted pictures, at last the pictures themselves; and what each cost."""
     shape = (unet.config.in_channels, *[unet.config.image_size] * 2)
     x_T = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    steps = list(denoise(unet, seeds, x_T=x_T, **settings))
-    pictures = [to_uint8(frame) for frame in (x_T, *(step.x0 for step in steps[:-1]), steps[-1].x)]
+    pictures = [to_uint8(x_T)]
+    for step in denoise(unet, seeds, x_T=x_T, **settings):
+        pictures.append(to_uint8(step.x0))
+    pictures[-1] = to_uint8(step.x)
     for before, after in pairwise(pictures[:-1]):
         np.copyto(after, before, where=abs(after.astype(int) - before).max(-1, keepdims=True) <= STILL)
     costs = macs_so_far(unet, settings["plan"], settings["guidance"])
