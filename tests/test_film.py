@@ -103,12 +103,18 @@ def test_the_film_on_the_landing_page_is_quick_to_load():
     assert (ROOT / "weights" / "film.gif").stat().st_size <= 600_000
 
 
-def test_prompts_and_a_plan_of_ones_own(tmp_path):
-    recipe, out = tmp_path / "mine.json", tmp_path / "film.gif"
+def test_prompts_and_a_plan_of_ones_own(tmp_path, monkeypatch):
+    """All rows are drawn at the guidance that the plan was fitted for."""
+    recipe, out, seen, emerging = tmp_path / "g2.json", tmp_path / "film.gif", [], film.emerging
     Recipe(uniform(4, 1), guidance=2.0, sampler="unipc").save(recipe)
-    flags = ["--prompt", "red apple", "--num", 1, "--steps", 4, "--guidance", 2, "--plan", recipe]
-    main(*flags, "--out", out)
-    assert out.stat().st_size > 0
+    note = lambda *args, **settings: seen.append(settings["guidance"]) or emerging(*args, **settings)  # noqa: E731
+    monkeypatch.setattr(film, "emerging", note)
+    flags = ["--prompt", "red apple", "--num", 1, "--steps", 4, "--plan", recipe, "--out", out]
+    main(*flags)
+    assert out.stat().st_size > 0 and seen == [2.0] * 3
+    for given, asked in (([*flags, "--guidance", 7], "7.0"), (["--ckpt", "tiny_cifar10", *flags[2:]], "1.0")):
+        with pytest.raises(ValueError, match=rf"--guidance {asked} contradicts .*g2\.json, which has 2\.0"):
+            main(*given)
 
 
 def test_wrong_flags(tmp_path):

@@ -120,10 +120,16 @@ def main(args: argparse.Namespace) -> None:
     unet, seeds = load(args.ckpt), range(args.seed, args.seed + args.num)
     if unet.config.adm or unet.config.in_channels not in (1, 3):
         raise ValueError(f"{args.ckpt} draws latents, or other channels than a picture's 1 or 3")
-    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompt=args.prompt, guidance=args.guidance, seed=args.seed)
+    asked = {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed}
+    if args.plan and args.guidance is None and unet.config.context_dim:
+        asked["guidance"] = Recipe.load(args.plan).guidance
+    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     cached = uniform(args.steps, args.interval, args.branch)
     weights = fingerprint(unet)
-    best = recipe_from_file(args.plan) if args.plan else best_plan(unet, weights, prompts.guidance, cached)
+    if args.plan:
+        best = recipe_from_file(args.plan, guidance=prompts.guidance)
+    else:
+        best = best_plan(unet, weights, prompts.guidance, cached)
     ddim = f"DDIM, {args.steps} steps"
     ways = (
         ("Uncached", ddim, GREY, {"plan": uncached(args.steps)}),
@@ -146,7 +152,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", default="emoji", help="a checkpoint's name or path (default: emoji)")
     add("--prompt", action="append", help="may stand several times, as for sample.py (default: its own examples)")
-    add("--guidance", type=float, help="how strictly to follow it (default: what suits the network)")
+    add("--guidance", type=float, help="how strictly to follow it (default: --plan's, or what suits the network)")
     add("--num", type=int, default=4, help=f"pictures, at most {PICTURES} (default: 4)")
     add("--seed", type=int, default=0, help="of the first picture (default: 0)")
     add("--steps", type=int, default=STEPS, help=f"of DDIM, uncached and with DeepCache (default: {STEPS})")
