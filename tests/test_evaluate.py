@@ -115,6 +115,12 @@ def test_methods_are_those_of_the_papers_and_every_sampler(unet):
     assert all("/" not in name for row in found.values() for name in row)
 
 
+def test_branches_that_a_network_lacks_are_left_out():
+    found = of(Task(random_unet(replace(SMALL, channel_mult=(1,), attention_resolutions=())), "", Prompts([])))
+    branches = {method.recipe.plan.branch for row in found.values() for method in row.values()}
+    assert branches == {1} and "deepcache-n5-b1" in found and "deepcache-n5-b3" not in found
+
+
 def test_guidance_takes_two_passes_a_step(worded):
     found = of(worded)
     assert {each.recipe.plan.steps for each in found["uncached-20"].values()} == {10}

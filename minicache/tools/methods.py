@@ -82,13 +82,14 @@ def same_run(recipe: Recipe, whole: Recipe) -> bool:
 
 
 def published(task: Task, whole: Recipe) -> dict[str, Method]:
-    """Plans that need no calibration of the sampler, in the steps of `whole`."""
+    """Plans that need no calibration of the sampler, in the steps of `whole`, at branches that the network has."""
     found = {}
     for N in INTERVALS:
         linear = replace(whole, plan=uniform(whole.plan.steps, N, 1, "linear"))
+        for branch in (3, 1):
+            if branch <= len(task.unet.D):
+                found[f"deepcache-n{N}-b{branch}"] = Method(replace(whole, plan=uniform(whole.plan.steps, N, branch)))
         found |= {
-            f"deepcache-n{N}-b3": Method(replace(whole, plan=uniform(whole.plan.steps, N, 3))),
-            f"deepcache-n{N}-b1": Method(replace(whole, plan=uniform(whole.plan.steps, N, 1))),
             f"linear-n{N}-b1": Method(linear),
             f"l2p-n{N}-b1": learned(task, linear),
             f"spectrum-n{N}-b1": Method(linear, Spectrum),
