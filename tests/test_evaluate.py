@@ -359,6 +359,12 @@ def test_the_reference_needs_its_timesteps(net32, tmp_path, monkeypatch):
         run("--ckpt", net32, "--like", "ddim-10", "--budgets", 5, "--out", tmp_path / "out")
 
 
+def test_a_network_of_classes_is_refused(tmp_path):
+    save(tmp_path / "net.pt", random_unet(replace(SMALL, context_dim=8, num_tokens=5)))
+    with pytest.raises(ValueError, match="takes a context, but no words"):
+        run("--ckpt", tmp_path / "net.pt", "--out", tmp_path / "out")
+
+
 def test_what_is_not_chosen_is_not_searched(net, tmp_path, few, monkeypatch):
     monkeypatch.setattr(Task, "images", lambda *_: pytest.fail("searched"))
     flags = ["--like", "ddim-8", "--budgets", 5, "--pairs", 2, "--only", "linear-*"]

@@ -2,12 +2,13 @@
 
 import re
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_unet
+from conftest import ROOT, SMALL, random_unet
 from PIL import Image, ImageSequence
 
 from minicache import Recipe, denoise, load, sample, uniform
@@ -119,6 +120,7 @@ def test_prompts_and_a_plan_of_ones_own(tmp_path, monkeypatch):
 
 def test_wrong_flags(tmp_path):
     save(tmp_path / "net.pt", random_unet())
+    save(tmp_path / "classes.pt", random_unet(replace(SMALL, context_dim=8, num_tokens=5)))
     out = tmp_path / "film.gif"
     for flags, words in (
         (["--out", tmp_path / "film.mp4"], "must be .gif"),
@@ -132,8 +134,9 @@ def test_wrong_flags(tmp_path):
         (["--guidance", 4], "no calibrated plan for these weights at guidance 4"),
         (["--prompt", "qwertz"], "has not learned"),
         (["--ckpt", tmp_path / "net.pt"], "no calibrated plan"),
+        (["--ckpt", tmp_path / "classes.pt"], "takes a context, but no words"),
         (["--ckpt", "tiny_cifar10", "--steps", 20, "--interval", 20], "the cheapest plan"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             main("--out", out, *flags)
-    assert {path.name for path in tmp_path.iterdir()} == {"net.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pt", "classes.pt"}

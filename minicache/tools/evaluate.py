@@ -63,7 +63,7 @@ from minicache.plan import uncached
 from minicache.recipe import recipes_in
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
-from minicache.tools import Parser, at_least, make_folder, markdown
+from minicache.tools import Parser, at_least, make_folder, markdown, refuse_unworded
 from minicache.tools.calibrate import CHECK, HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
 from minicache.tools.methods import FLOOR, Method, draws_noise, methods, shortlisted, smaller, whole_run
@@ -198,6 +198,7 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     num = args.num or max(1000, args.pairs) if real else args.pairs
     if num % args.sets or num < 2 * args.sets:
         raise ValueError(f"--num {num} cannot be parted into {args.sets} equal sets of two pictures or more")
+    refuse_unworded(args.ckpt, unet)
     asked = {"prompts": args.prompts, "guidance": args.guidance, "num": max(num, CHECK.stop)}  # more than any seed
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     task = Task(place(unet, placement), weights, prompts)

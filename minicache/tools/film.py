@@ -26,7 +26,7 @@ from minicache.images import BAND, default_font, fitted, grid, picture, to_uint8
 from minicache.plan import CachePlan, uncached, uniform
 from minicache.recipe import Recipe, recipe_from_file, shipped_recipe
 from minicache.sampling import STEPS, denoise
-from minicache.tools import Parser, at_least, prepare_out
+from minicache.tools import Parser, at_least, prepare_out, refuse_unworded
 from minicache.unet import UNet
 from minicache.words import prompts_for
 
@@ -120,6 +120,7 @@ def main(args: argparse.Namespace) -> None:
     unet, seeds = load(args.ckpt), range(args.seed, args.seed + args.num)
     if unet.config.adm or unet.config.in_channels not in (1, 3):
         raise ValueError(f"{args.ckpt} draws latents, or other channels than a picture's 1 or 3")
+    refuse_unworded(args.ckpt, unet)
     asked = {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed}
     if args.plan and args.guidance is None and unet.config.context_dim:
         asked["guidance"] = Recipe.load(args.plan).guidance
