@@ -1,5 +1,6 @@
 """The comparison of methods: its protocol, its table, and what is drawn, once."""
 
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -357,6 +358,18 @@ def test_the_reference_needs_its_timesteps(net32, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "FINEST", FINEST)
     with pytest.raises(ValueError, match="the reference takes 200 timesteps, and the network has 20"):
         run("--ckpt", net32, "--like", "ddim-10", "--budgets", 5, "--out", tmp_path / "out")
+
+
+def test_other_sizes_than_the_classifiers_need_inception(net, tmp_path, monkeypatch):
+    """What is missing is said before the search."""
+    monkeypatch.setattr(Task, "images", lambda *_: pytest.fail("searched"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
+    np.savez(tmp_path / "real.npz", arr_0=to_uint8(noise(9, 3, 16, 16)))
+    flags = ["--ckpt", net, "--real", tmp_path / "real.npz", "--like", "ddim-8", "--budgets", 5, "--out", tmp_path]
+    with pytest.raises(ValueError, match="features are for 32 x 32 pixels, not 16 x 16: give --fid"):
+        run(*flags)
+    with pytest.raises(ValueError, match="FID needs torch-fidelity"):
+        run(*flags, "--fid")
 
 
 def test_a_network_of_classes_is_refused(tmp_path):

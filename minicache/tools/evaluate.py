@@ -195,6 +195,8 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     real = args.real and read_samples(args.real)
     if real and real.shape[1:] != (size, size, 3):
         raise ValueError(f"--real {args.real} has images of {real.shape[1:]}; need ({size}, {size}, 3)")
+    if real and size != 32 and not args.fid:
+        raise ValueError(f"--real: the classifier's features are for 32 x 32 pixels, not {size} x {size}: give --fid")
     num = args.num or max(1000, args.pairs) if real else args.pairs
     if num % args.sets or num < 2 * args.sets:
         raise ValueError(f"--num {num} cannot be parted into {args.sets} equal sets of two pictures or more")
@@ -207,7 +209,6 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
     make_folder(Path(args.out))
-    found = shortlisted(task, found)
     dtype = str(placement.dtype).removeprefix("torch.")
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": dtype}
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
@@ -233,9 +234,10 @@ def hours(pictures: Pictures, found: dict[str, dict[str, Method]], seconds: Call
 
 def main(args: argparse.Namespace) -> None:
     pictures, found, real = prepared(args)
-    task, out, seconds = pictures.task, pictures.folder, clock(pictures.task)
-    print(f"{len(found)} methods, {pictures.num} pictures each: about {hours(pictures, found, seconds):.1f} hours")
     field, features = ("FID", inception()) if args.fid else ("Frechet distance", classifier_features)
+    task, out, seconds = pictures.task, pictures.folder, clock(pictures.task)
+    found = shortlisted(task, found)
+    print(f"{len(found)} methods, {pictures.num} pictures each: about {hours(pictures, found, seconds):.1f} hours")
     real = real and real.moments(features)[0]
     (name, first), *_ = next(iter(found.values())).items()
     whole, like = first.recipe, pictures.paired(name, first)
