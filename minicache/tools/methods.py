@@ -126,12 +126,13 @@ def smaller(task: Task, whole: Recipe, ckpt: str, placement: Placement) -> dict[
 def fewer_steps(task: Task, whole: Recipe, budget: float) -> dict[str, dict[str, Method]]:
     """Uncached runs for this cost: of the deterministic samplers, unless `whole` draws noise; and of that of `whole`.
 
-    ValueError for a cost below that of a step.
+    ValueError for the cost of fewer than two steps, as a single one would begin where no noise is left, and for that of
+    more steps than there are timesteps.
     """
-    step = task.cost(uncached(1))
+    step, T = task.cost(uncached(1)), task.unet.diffusion.num_timesteps
     steps = int(budget / step + 1e-9)
-    if not steps:
-        raise ValueError(f"--budgets {budget:g} is less than a single step costs, {step:g}")
+    if not 2 <= steps <= T:
+        raise ValueError(f"--budgets {budget:g}: rows of 2 to {T} steps cost {2 * step:g} to {T * step:g} full passes")
     kinds = {} if draws_noise(whole) else {SHELF: off_the_shelf(task, steps)}
     if steps > 2 or not whole.entry.twice:
         kinds[whole.sampler] = [replace(whole, plan=uncached(steps))]
