@@ -378,6 +378,18 @@ def test_a_network_of_classes_is_refused(tmp_path):
         run("--ckpt", tmp_path / "net.pt", "--out", tmp_path / "out")
 
 
+def test_files_of_others_stay(net, tmp_path, few):
+    flags = ["--ckpt", net, "--like", "ddim-8", "--budgets", 5, "--pairs", 2, "--only", "linear-*", "--out", tmp_path]
+    for name in ("table.md", "error.png", "samples.png"):
+        (tmp_path / name).write_bytes(b"| mine |\xff")
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run of this command"):
+            run(*flags)
+        assert (tmp_path / name).read_bytes() == b"| mine |\xff"
+        (tmp_path / name).unlink()
+    run(*flags)
+    run(*flags)  # over its own
+
+
 def test_what_is_not_chosen_is_not_searched(net, tmp_path, few, monkeypatch):
     monkeypatch.setattr(Task, "images", lambda *_: pytest.fail("searched"))
     flags = ["--like", "ddim-8", "--budgets", 5, "--pairs", 2, "--only", "linear-*"]
@@ -407,6 +419,7 @@ def test_ancestral_plans(net, tmp_path, few):
             "--only no-. fits no row; there are whole, deepcache-n2-b3",
         ),
         (["--fid"], "give --real"),
+        (["--out", ""], "--out '' names no folder"),
         (["--real", "REAL", "--num", "5"], "--num 5 must be at least 32"),
         (["--real", "SMALL"], "images of .*16, 16, 3.*; need .32, 32, 3"),
         (["--ancestral", "0"], "steps=0 must be a whole number of at least 1"),

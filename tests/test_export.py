@@ -90,10 +90,12 @@ def test_files_of_others_stay(net, tmp_path, monkeypatch):
     for name in ("example.py", "network.json", "full.onnx", "partial_b3.onnx"):
         path = tmp_path / name
         path.write_text("{}")
-        with pytest.raises(ValueError, match=f"{name} exists, and is of no export"):
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run"):
             export.main(export.parse(["--ckpt", str(net), "--out", str(tmp_path)]))
         assert path.read_text() == "{}"
         path.unlink()
+    with pytest.raises(ValueError, match="--out '' names no folder"):
+        export.main(export.parse(["--ckpt", str(net), "--out", ""]))
 
 
 def test_an_export_that_fails_over_an_older_one_leaves_the_older_one(net, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ from minicache.metrics import psnr
 from minicache.placement import DTYPES, MEMORY_FORMATS, Placement, choose_placement, cpu_capabilities, place
 from minicache.plan import uniform
 from minicache.sampling import sample
-from minicache.tools import Parser, at_least, make_folder, markdown
+from minicache.tools import Parser, at_least, make_folder, markdown, refuse_others
 from minicache.unet import UNet
 
 Row = dict[str, Any]
@@ -251,7 +251,8 @@ def completed(args: argparse.Namespace) -> tuple[UNet, Paper, dict[str, Placemen
 
 def main(args: argparse.Namespace) -> None:
     shape, paper, placements = completed(args)
-    if args.out:
+    if args.out is not None:
+        refuse_others(args.out, ("bench.md", "bench.json"), lambda text: "| dtype | batch | pass |" in text)
         make_folder(Path(args.out))
     device = next(iter(placements.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_capabilities().get("cpu_name")

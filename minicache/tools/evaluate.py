@@ -63,7 +63,7 @@ from minicache.plan import uncached
 from minicache.recipe import recipes_in
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
-from minicache.tools import Parser, at_least, make_folder, markdown, refuse_unworded
+from minicache.tools import Parser, at_least, make_folder, markdown, refuse_others, refuse_unworded
 from minicache.tools.calibrate import CHECK, HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
 from minicache.tools.methods import FLOOR, Method, draws_noise, methods, shortlisted, smaller, whole_run
@@ -183,6 +183,8 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
 
 def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Method]], Samples | None]:
     """The network and all else that the arguments ask for; ValueError for what cannot be had."""
+    names = ("table.md", "error.png", "samples.png")
+    refuse_others(args.out, names, lambda text: text.startswith("| method | sampler |"))
     at_least(args, pairs=2, num=args.pairs, sets=1, batch_size=1)
     if wrong := [budget for budget in args.budgets if not 0 < budget < math.inf]:
         raise ValueError(f"--budgets {wrong[0]:g} must be positive and finite")
