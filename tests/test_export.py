@@ -3,8 +3,11 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +53,26 @@ def test_deepcache_on_onnxruntime(net, tmp_path, monkeypatch):
     runpy.run_path(str(tmp_path / "deep" / "example.py"), run_name="__main__")
     assert (tmp_path / "samples.png").exists()
     assert json.loads((tmp_path / "deep" / "network.json").read_text())["fingerprint"] == fingerprint(load(net))
+
+
+def test_the_example_suits_a_network_of_few_timesteps(tmp_path, monkeypatch, capsys):
+    """Bare, it takes all there are; a single step would begin where no noise is left."""
+    sessions = types.SimpleNamespace(InferenceSession=lambda path: types.SimpleNamespace(
+        run=lambda _, inputs: (inputs["x"], None)[: 4 - len(inputs)]))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "onnxruntime", sessions)
+    alphas_bar = Diffusion(num_timesteps=20, beta_end=0.2).alphas_bar.tolist()
+    network = {"full": "f", "partial": "p", "shape": [3, 2, 2], "alphas_bar": alphas_bar}
+    (tmp_path / "network.json").write_text(json.dumps(network))
+    example = shutil.copy(Path(export.__file__).with_name("onnx_example.py"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["example.py"])
+    runpy.run_path(example, run_name="__main__")
+    assert (tmp_path / "samples.png").exists()
+    for steps in ("1", "21"):
+        monkeypatch.setattr("sys.argv", ["example.py", steps])
+        with pytest.raises(SystemExit):
+            runpy.run_path(example, run_name="__main__")
+        assert "steps must be in 2..20" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_no_half_program(net, tmp_path):
