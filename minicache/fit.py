@@ -101,8 +101,8 @@ class Forecasting(torch.nn.Module):
         self.alpha.append(0.0)
         if self.older is not None:
             change, needed = self.newer - self.older, self.unet.forward_full(x, t, branch, context)[1] - self.newer
-            size = change.square().sum().item()  # 0 where both were at one timestep, as with quad
-            self.alpha[-1] = (change * needed).sum().item() / size if size else 0.0
+            size = change.float().square().sum().item()  # 0 where both were at one timestep, as with quad
+            self.alpha[-1] = (change.float() * needed.float()).sum().item() / size if size else 0.0  # half overflows
             cached_U = self.newer + self.alpha[-1] * change
         return self.unet.forward_partial(x, t, cached_U, branch, context)
 

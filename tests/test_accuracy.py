@@ -127,6 +127,18 @@ def test_what_is_refused(folder, monkeypatch, flags, words):
     assert not (folder.parent / "out").exists()
 
 
+def test_files_of_others_stay(folder, monkeypatch):
+    (out := folder.parent / "out").mkdir()
+    for name in ("accuracy.md", "accuracy.png"):
+        (out / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run of this command"):
+            run(monkeypatch, folder)
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    run(monkeypatch, folder, "--num", 1)
+    run(monkeypatch, folder, "--num", 1)  # over its own
+
+
 def test_networks_that_cannot_be_judged_are_refused(folder, monkeypatch):
     painter = Painter(folder, lambda i: i)
     monkeypatch.setattr(accuracy, "load", lambda name: painter)

@@ -40,6 +40,35 @@ def test_passes_and_plans(tmp_path, capsys):
     assert (tmp_path / "bench.md").read_text().split("\n\n", 1)[1] in capsys.readouterr().out
 
 
+def test_files_of_others_stay(tmp_path, monkeypatch):
+    config = UNetConfig(image_size=2, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=())
+    save(tmp_path / "net.pt", random_unet(config))
+    monkeypatch.setattr(bench, "diffusers_model", lambda *_: None)
+    flags = ["--ckpt", str(tmp_path / "net.pt"), "--batch", "1", "--steps", "0", "--dtype", "float32", "--out"]
+    for name in ("bench.md", "bench.json"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run of this command"):
+            run(*flags, str(tmp_path))
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    run(*flags, str(tmp_path))
+    run(*flags, str(tmp_path))  # over its own
+    with pytest.raises(ValueError, match="--out '' names no folder"):
+        run(*flags, "")
+
+
+def test_branches_that_a_network_lacks_are_left_out(tmp_path):
+    config = UNetConfig(image_size=2, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=())
+    save(tmp_path / "net.pt", unet := random_unet(config))
+    assert len(unet.D) == 2
+    flags = ["--batch", "1", "--steps", "5", "--dtype", "float32", "--out", str(tmp_path / "out")]
+    run("--ckpt", str(tmp_path / "net.pt"), *flags)
+    tables = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [row["pass"] for row in tables["passes"]] == ["full", "branch 1", "branch 2"]
+    plans = [row["plan"] for row in tables["plans"] if "diffusers" not in row["plan"]]
+    assert plans == ["DDIM-5, uncached", *(f"DDIM-5, N=5, branch {branch}" for branch in (2, 1))]
+
+
 def test_schedules_are_worked_out_from_passes(tmp_path, monkeypatch):
     """A schedule's time is that of its passes; the column beside it is the paper's."""
     monkeypatch.setitem(PRESETS, "cifar10", SMALL)

@@ -1,5 +1,6 @@
 """The comparison of methods: its protocol, its table, and what is drawn, once."""
 
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +114,12 @@ def test_methods_are_those_of_the_papers_and_every_sampler(unet):
     assert all(each.recipe.plan == uncached(20) for each in found["uncached-20"].values())
     assert only(found["l2p-n5-b1"]).plan == only(found["linear-n5-b1"]).plan == uniform(100, 5, 1, "linear")
     assert all("/" not in name for row in found.values() for name in row)
+
+
+def test_branches_that_a_network_lacks_are_left_out():
+    found = of(Task(random_unet(replace(SMALL, channel_mult=(1,), attention_resolutions=())), "", Prompts([])))
+    branches = {method.recipe.plan.branch for row in found.values() for method in row.values()}
+    assert branches == {1} and "deepcache-n5-b1" in found and "deepcache-n5-b3" not in found
 
 
 def test_guidance_takes_two_passes_a_step(worded):
@@ -353,6 +360,36 @@ def test_the_reference_needs_its_timesteps(net32, tmp_path, monkeypatch):
         run("--ckpt", net32, "--like", "ddim-10", "--budgets", 5, "--out", tmp_path / "out")
 
 
+def test_other_sizes_than_the_classifiers_need_inception(net, tmp_path, monkeypatch):
+    """What is missing is said before the search."""
+    monkeypatch.setattr(Task, "images", lambda *_: pytest.fail("searched"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
+    np.savez(tmp_path / "real.npz", arr_0=to_uint8(noise(9, 3, 16, 16)))
+    flags = ["--ckpt", net, "--real", tmp_path / "real.npz", "--like", "ddim-8", "--budgets", 5, "--out", tmp_path]
+    with pytest.raises(ValueError, match="features are for 32 x 32 pixels, not 16 x 16: give --fid"):
+        run(*flags)
+    with pytest.raises(ValueError, match="FID needs torch-fidelity"):
+        run(*flags, "--fid")
+
+
+def test_a_network_of_classes_is_refused(tmp_path):
+    save(tmp_path / "net.pt", random_unet(replace(SMALL, context_dim=8, num_tokens=5)))
+    with pytest.raises(ValueError, match="takes a context, but no words"):
+        run("--ckpt", tmp_path / "net.pt", "--out", tmp_path / "out")
+
+
+def test_files_of_others_stay(net, tmp_path, few):
+    flags = ["--ckpt", net, "--like", "ddim-8", "--budgets", 5, "--pairs", 2, "--only", "linear-*", "--out", tmp_path]
+    for name in ("table.md", "error.png", "samples.png"):
+        (tmp_path / name).write_bytes(b"| mine |\xff")
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run of this command"):
+            run(*flags)
+        assert (tmp_path / name).read_bytes() == b"| mine |\xff"
+        (tmp_path / name).unlink()
+    run(*flags)
+    run(*flags)  # over its own
+
+
 def test_what_is_not_chosen_is_not_searched(net, tmp_path, few, monkeypatch):
     monkeypatch.setattr(Task, "images", lambda *_: pytest.fail("searched"))
     flags = ["--like", "ddim-8", "--budgets", 5, "--pairs", 2, "--only", "linear-*"]
@@ -382,6 +419,7 @@ def test_ancestral_plans(net, tmp_path, few):
             "--only no-. fits no row; there are whole, deepcache-n2-b3",
         ),
         (["--fid"], "give --real"),
+        (["--out", ""], "--out '' names no folder"),
         (["--real", "REAL", "--num", "5"], "--num 5 must be at least 32"),
         (["--real", "SMALL"], "images of .*16, 16, 3.*; need .32, 32, 3"),
         (["--ancestral", "0"], "steps=0 must be a whole number of at least 1"),
@@ -390,10 +428,12 @@ def test_ancestral_plans(net, tmp_path, few):
         (["--like", "dpm++2m-10", "--eta", "1"], "means nothing"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--guidance", "3"], "cannot be told what to draw"),
-        (["--like", "ddim-10", "--budgets", "5", "50"], "steps=50 is not in 1..20"),
+        (["--like", "ddim-10", "--budgets", "5", "21"], "--budgets 21: rows of 2 to 20 steps cost 2 to 20 full passes"),
+        (["--like", "ddim-10", "--budgets", "1"], "--budgets 1: rows of 2 to 20"),
+        (["--like", "ddim-10", "--budgets", "1001"], "--budgets 1001: rows of 2 to 20"),
         (["--budgets", "5", "1e400"], "--budgets inf must be positive and finite"),
         (["--budgets", "nan"], "--budgets nan must be positive and finite"),
-        (["--like", "ddim-10", "--budgets", "0.5"], "--budgets 0.5 is less than a single step costs, 1"),
+        (["--like", "ddim-10", "--budgets", "0.5"], "--budgets 0.5: rows of 2 to 20"),
         (["--like", "ddim-10", "--budgets", "5", "--out", "SMALL"], "small.npz: this folder cannot be made"),
     ],
 )

@@ -320,4 +320,7 @@ def test_wrong_flags(tmp_path):
     save(tmp_path / "net.pt", short)
     with pytest.raises(ValueError, match=r"the reference takes 200 timesteps, and .* has 100"):
         explore.main(explore.parse([*ckpt, "--out", str(tmp_path / "x.html")]))
+    save(tmp_path / "net.pt", random_unet(replace(SMALL, context_dim=8, num_tokens=5)))
+    with pytest.raises(ValueError, match="takes a context, but no words"):
+        explore.main(explore.parse([*ckpt, "--out", str(tmp_path / "x.html")]))
     assert not (tmp_path / "x.html").exists()

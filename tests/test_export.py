@@ -3,8 +3,11 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +55,26 @@ def test_deepcache_on_onnxruntime(net, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "deep" / "network.json").read_text())["fingerprint"] == fingerprint(load(net))
 
 
+def test_the_example_suits_a_network_of_few_timesteps(tmp_path, monkeypatch, capsys):
+    """Bare, it takes all there are; a single step would begin where no noise is left."""
+    sessions = types.SimpleNamespace(InferenceSession=lambda path: types.SimpleNamespace(
+        run=lambda _, inputs: (inputs["x"], None)[: 4 - len(inputs)]))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "onnxruntime", sessions)
+    alphas_bar = Diffusion(num_timesteps=20, beta_end=0.2).alphas_bar.tolist()
+    network = {"full": "f", "partial": "p", "shape": [3, 2, 2], "alphas_bar": alphas_bar}
+    (tmp_path / "network.json").write_text(json.dumps(network))
+    example = shutil.copy(Path(export.__file__).with_name("onnx_example.py"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["example.py"])
+    runpy.run_path(example, run_name="__main__")
+    assert (tmp_path / "samples.png").exists()
+    for steps in ("1", "21"):
+        monkeypatch.setattr("sys.argv", ["example.py", steps])
+        with pytest.raises(SystemExit):
+            runpy.run_path(example, run_name="__main__")
+        assert "steps must be in 2..20" in capsys.readouterr().err
+
+
 def test_a_full_disk_leaves_no_half_program(net, tmp_path):
     """A limit on the size of files stands for the full disk."""
     command = f"ulimit -f 200; exec {sys.executable} -m minicache export --ckpt {net} --format pt2 --out {tmp_path}"
@@ -90,10 +113,12 @@ def test_files_of_others_stay(net, tmp_path, monkeypatch):
     for name in ("example.py", "network.json", "full.onnx", "partial_b3.onnx"):
         path = tmp_path / name
         path.write_text("{}")
-        with pytest.raises(ValueError, match=f"{name} exists, and is of no export"):
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run"):
             export.main(export.parse(["--ckpt", str(net), "--out", str(tmp_path)]))
         assert path.read_text() == "{}"
         path.unlink()
+    with pytest.raises(ValueError, match="--out '' names no folder"):
+        export.main(export.parse(["--ckpt", str(net), "--out", ""]))
 
 
 def test_an_export_that_fails_over_an_older_one_leaves_the_older_one(net, tmp_path, monkeypatch):

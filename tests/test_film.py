@@ -1,15 +1,17 @@
 """The film: three rows on one clock, their counters, what it weighs, and what it refuses."""
 
 import re
+import weakref
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_unet
+from conftest import ROOT, SMALL, random_unet
 from PIL import Image, ImageSequence
 
-from minicache import Recipe, load, sample, uniform
+from minicache import Recipe, denoise, load, sample, uniform
 from minicache.checkpoints import save
 from minicache.cost import full_passes
 from minicache.images import to_uint8
@@ -58,6 +60,21 @@ def test_pictures_begin_as_one_noise_and_end_as_sample_draws_them(made):
     assert near < 0.2 * abs(rows[0].pictures[0].astype(float) - rows[0].pictures[-1]).mean()
 
 
+def test_of_a_step_its_picture_alone_is_kept(unet, monkeypatch):
+    """All else of many steps would be gigabytes."""
+    made, left = [], []
+
+    def watched(*args, **settings):
+        for step in denoise(*args, **settings):
+            left.append(sum(each() is not None for each in made))
+            made.extend(weakref.ref(tensor) for tensor in (step.x, step.eps, step.cached_U))
+            yield step
+
+    monkeypatch.setattr(film, "denoise", watched)
+    pictures, _ = film.emerging(unet, range(1), plan=uniform(6, 2, 1), guidance=1.0)
+    assert len(pictures) == 7 and max(left) <= 4  # the last ones, and the cache
+
+
 def test_counters_stop_with_the_pictures(made):
     rows, labels, _, said = made[1][0]
     total = rows[1].spent[-1]
@@ -87,16 +104,23 @@ def test_the_film_on_the_landing_page_is_quick_to_load():
     assert (ROOT / "weights" / "film.gif").stat().st_size <= 600_000
 
 
-def test_prompts_and_a_plan_of_ones_own(tmp_path):
-    recipe, out = tmp_path / "mine.json", tmp_path / "film.gif"
+def test_prompts_and_a_plan_of_ones_own(tmp_path, monkeypatch):
+    """All rows are drawn at the guidance that the plan was fitted for."""
+    recipe, out, seen, emerging = tmp_path / "g2.json", tmp_path / "film.gif", [], film.emerging
     Recipe(uniform(4, 1), guidance=2.0, sampler="unipc").save(recipe)
-    flags = ["--prompt", "red apple", "--num", 1, "--steps", 4, "--guidance", 2, "--plan", recipe]
-    main(*flags, "--out", out)
-    assert out.stat().st_size > 0
+    note = lambda *args, **settings: seen.append(settings["guidance"]) or emerging(*args, **settings)  # noqa: E731
+    monkeypatch.setattr(film, "emerging", note)
+    flags = ["--prompt", "red apple", "--num", 1, "--steps", 4, "--plan", recipe, "--out", out]
+    main(*flags)
+    assert out.stat().st_size > 0 and seen == [2.0] * 3
+    for given, asked in (([*flags, "--guidance", 7], "7.0"), (["--ckpt", "tiny_cifar10", *flags[2:]], "1.0")):
+        with pytest.raises(ValueError, match=rf"--guidance {asked} contradicts .*g2\.json, which has 2\.0"):
+            main(*given)
 
 
 def test_wrong_flags(tmp_path):
     save(tmp_path / "net.pt", random_unet())
+    save(tmp_path / "classes.pt", random_unet(replace(SMALL, context_dim=8, num_tokens=5)))
     out = tmp_path / "film.gif"
     for flags, words in (
         (["--out", tmp_path / "film.mp4"], "must be .gif"),
@@ -110,8 +134,9 @@ def test_wrong_flags(tmp_path):
         (["--guidance", 4], "no calibrated plan for these weights at guidance 4"),
         (["--prompt", "qwertz"], "has not learned"),
         (["--ckpt", tmp_path / "net.pt"], "no calibrated plan"),
+        (["--ckpt", tmp_path / "classes.pt"], "takes a context, but no words"),
         (["--ckpt", "tiny_cifar10", "--steps", 20, "--interval", 20], "the cheapest plan"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             main("--out", out, *flags)
-    assert {path.name for path in tmp_path.iterdir()} == {"net.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pt", "classes.pt"}

@@ -181,6 +181,26 @@ def test_alphas_are_the_least_squares(net):
         assert alpha == watched.alpha[i] != 0
 
 
+def test_alphas_of_a_network_in_float16():
+    """Its features' squares are beyond float16's numbers."""
+
+    class Half(torch.nn.Module):
+        config, diffusion = SMALL, Diffusion()
+
+        def forward_full(self, x, t, branch, context):
+            return x, torch.full((1, 8), t, dtype=torch.float16)
+
+        def forward_partial(self, x, t, cached_U, branch, context):
+            assert cached_U.dtype == torch.float16
+            return x
+
+    network, x = Forecasting(Half()), torch.zeros(1)
+    network.forward_full(x, 2000.0, 1, None)
+    _, cached_U = network.forward_full(x, 1000.0, 1, None)
+    network.forward_partial(x, 500.0, cached_U, 1, None)
+    assert network.alpha == [0.0, 0.0, 0.5]
+
+
 @pytest.mark.parametrize("settings", [{"sampler": "ddim"}, {"sampler": "ddpm"}, {"sampler": "plms"}])
 def test_forecasts_are_plans_of_the_same_steps(net, settings):
     plan = uniform(9, 3, 2)

@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from minicache.files import temporary_for
+from minicache.reading import read_whole, understood
+from minicache.unet import UNet
 
 # torch's words, on every device
 TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "size calculation overflowed")
@@ -157,3 +159,24 @@ def make_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{folder}: this folder cannot be made or written to ({error.strerror})") from None
+
+
+def refuse_unworded(ckpt: str, unet: UNet) -> None:
+    """ValueError for a network that must be told what to draw, but not in words: to be called where no flag says it."""
+    if unet.config.context_dim and unet.vocabulary is None:
+        raise ValueError(f"--ckpt {ckpt} takes a context, but no words: this command knows only prompts of words")
+
+
+def refuse_others(out: str, names: Sequence[str], ours: Callable[[str], bool]) -> None:
+    """ValueError where the folder --out holds files of these names, unless an earlier run's, which may be replaced.
+
+    ours: whether the text of the first file is that of an earlier run. To be called before the work.
+    """
+    if not out:
+        raise ValueError("--out '' names no folder")
+    with suppress(ValueError), understood(first := Path(out) / names[0], "ours"):
+        if ours(read_whole(first).decode()):
+            return
+    for name in names:
+        if (path := Path(out) / name).exists():
+            raise ValueError(f"{path} exists, and is of no earlier run of this command; choose another --out")

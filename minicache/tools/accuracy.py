@@ -33,7 +33,7 @@ from minicache.placement import choose_placement, place
 from minicache.recipe import Recipe, recipe_from, recipe_from_file
 from minicache.samplers import SAMPLERS
 from minicache.sampling import STEPS, sample
-from minicache.tools import Parser, at_least, markdown, prepare_out
+from minicache.tools import Parser, at_least, markdown, prepare_out, refuse_others
 from minicache.words import Vocabulary
 
 SIGMA = 1.0
@@ -84,6 +84,7 @@ def chosen_recipe(args: argparse.Namespace, vocabulary: Vocabulary) -> Recipe:
 
 def main(args: argparse.Namespace) -> None:
     at_least(args, num=1, batch_size=1)
+    refuse_others(str(args.out), ("accuracy.md", "accuracy.png"), lambda text: "| captions | n | right |" in text)
     words = captioned(args.data, args.categories)
     if words is None:
         raise ValueError(f"--data {args.data} has no captions")

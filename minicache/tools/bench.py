@@ -42,7 +42,7 @@ from minicache.metrics import psnr
 from minicache.placement import DTYPES, MEMORY_FORMATS, Placement, choose_placement, cpu_capabilities, place
 from minicache.plan import uniform
 from minicache.sampling import sample
-from minicache.tools import Parser, at_least, make_folder, markdown
+from minicache.tools import Parser, at_least, make_folder, markdown, refuse_others
 from minicache.unet import UNet
 
 Row = dict[str, Any]
@@ -209,8 +209,9 @@ def schedule_rows(unet: UNet, paper: Paper, seconds: Seconds, batch: int) -> lis
 @torch.no_grad()
 def plan_rows(ours: dict[str, UNet], theirs: dict[str, nn.Module], batch: int, args: argparse.Namespace) -> list[Row]:
     """DDIM from noise to image, cached and not; diffusers uncached."""
-    plans = {f"N={N}, branch {b}" if N > 1 else "uncached": uniform(args.steps, N, b) for N, b in PLANS}
-    candidates = {}
+    pairs, candidates = len(next(iter(ours.values())).D), {}
+    there = [(N, b) for N, b in PLANS if b <= pairs]
+    plans = {f"N={N}, branch {b}" if N > 1 else "uncached": uniform(args.steps, N, b) for N, b in there}
     for label, unet in ours.items():
         context = inputs(unet, batch)[2]
         for what, plan in plans.items():
@@ -238,6 +239,7 @@ def completed(args: argparse.Namespace) -> tuple[UNet, Paper, dict[str, Placemen
     for name, value in (SMALL if macs(unet) < 50e9 else {**LARGE, "branch": [paper.branch]}).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    args.branch = [branch for branch in args.branch if branch <= len(unet.D)]
     at_least(args, rounds=2, batch=1)
     at_least(args, most=(unet.diffusion or Diffusion()).num_timesteps, steps=2 if args.steps else 0)
     choose = partial(choose_placement, args.device, memory_format=args.memory_format)
@@ -249,7 +251,8 @@ def completed(args: argparse.Namespace) -> tuple[UNet, Paper, dict[str, Placemen
 
 def main(args: argparse.Namespace) -> None:
     shape, paper, placements = completed(args)
-    if args.out:
+    if args.out is not None:
+        refuse_others(args.out, ("bench.md", "bench.json"), lambda text: "| dtype | batch | pass |" in text)
         make_folder(Path(args.out))
     device = next(iter(placements.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_capabilities().get("cpu_name")

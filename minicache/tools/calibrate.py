@@ -35,7 +35,7 @@ from minicache.plan import CachePlan, from_refreshes, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.samplers import SAMPLERS, passes
 from minicache.sampling import sample
-from minicache.tools import Parser, markdown, prepare_out
+from minicache.tools import Parser, markdown, prepare_out, refuse_unworded
 from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
 
@@ -168,8 +168,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--sampler and --steps go together: they fix what is cached")
     placement, unet = choose_placement(args.device, "float32"), load(args.ckpt)
     weights = fingerprint(unet)
-    if unet.config.context_dim and unet.vocabulary is None:
-        raise ValueError(f"--ckpt {args.ckpt} takes a context, but no words: calibrate knows only prompts of words")
+    refuse_unworded(args.ckpt, unet)
     asked = {"prompts": args.prompts, "guidance": args.guidance, "num": CHECK.stop}  # more than any seed
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     task = Task(place(unet, placement), weights, prompts)

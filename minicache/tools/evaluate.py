@@ -63,7 +63,7 @@ from minicache.plan import uncached
 from minicache.recipe import recipes_in
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill
-from minicache.tools import Parser, at_least, make_folder, markdown
+from minicache.tools import Parser, at_least, make_folder, markdown, refuse_others, refuse_unworded
 from minicache.tools.calibrate import CHECK, HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
 from minicache.tools.methods import FLOOR, Method, draws_noise, methods, shortlisted, smaller, whole_run
@@ -183,6 +183,8 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
 
 def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Method]], Samples | None]:
     """The network and all else that the arguments ask for; ValueError for what cannot be had."""
+    names = ("table.md", "error.png", "samples.png")
+    refuse_others(args.out, names, lambda text: text.startswith("| method | sampler |"))
     at_least(args, pairs=2, num=args.pairs, sets=1, batch_size=1)
     if wrong := [budget for budget in args.budgets if not 0 < budget < math.inf]:
         raise ValueError(f"--budgets {wrong[0]:g} must be positive and finite")
@@ -195,9 +197,12 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     real = args.real and read_samples(args.real)
     if real and real.shape[1:] != (size, size, 3):
         raise ValueError(f"--real {args.real} has images of {real.shape[1:]}; need ({size}, {size}, 3)")
+    if real and size != 32 and not args.fid:
+        raise ValueError(f"--real: the classifier's features are for 32 x 32 pixels, not {size} x {size}: give --fid")
     num = args.num or max(1000, args.pairs) if real else args.pairs
     if num % args.sets or num < 2 * args.sets:
         raise ValueError(f"--num {num} cannot be parted into {args.sets} equal sets of two pictures or more")
+    refuse_unworded(args.ckpt, unet)
     asked = {"prompts": args.prompts, "guidance": args.guidance, "num": max(num, CHECK.stop)}  # more than any seed
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     task = Task(place(unet, placement), weights, prompts)
@@ -206,7 +211,6 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
     make_folder(Path(args.out))
-    found = shortlisted(task, found)
     dtype = str(placement.dtype).removeprefix("torch.")
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": dtype}
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
@@ -232,9 +236,10 @@ def hours(pictures: Pictures, found: dict[str, dict[str, Method]], seconds: Call
 
 def main(args: argparse.Namespace) -> None:
     pictures, found, real = prepared(args)
-    task, out, seconds = pictures.task, pictures.folder, clock(pictures.task)
-    print(f"{len(found)} methods, {pictures.num} pictures each: about {hours(pictures, found, seconds):.1f} hours")
     field, features = ("FID", inception()) if args.fid else ("Frechet distance", classifier_features)
+    task, out, seconds = pictures.task, pictures.folder, clock(pictures.task)
+    found = shortlisted(task, found)
+    print(f"{len(found)} methods, {pictures.num} pictures each: about {hours(pictures, found, seconds):.1f} hours")
     real = real and real.moments(features)[0]
     (name, first), *_ = next(iter(found.values())).items()
     whole, like = first.recipe, pictures.paired(name, first)

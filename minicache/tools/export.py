@@ -15,8 +15,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -25,8 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from minicache.checkpoints import REGISTRY, fingerprint, load, shape_of
 from minicache.files import replacing
-from minicache.reading import read_whole, understood
-from minicache.tools import Parser, make_folder
+from minicache.tools import Parser, make_folder, refuse_others
 from minicache.unet import UNet
 
 FORMATS = ("onnx", "pt2")
@@ -64,16 +63,6 @@ def programs(unet: UNet, branch: int) -> dict[str, ExportedProgram]:
     }
 
 
-def refuse_others(folder: Path, names: Iterable[str]) -> None:
-    """ValueError where files of these names are somebody's: one is there, and no network.json of an earlier export."""
-    with suppress(ValueError), understood(folder / "network.json", "of an export"):
-        if {*json.loads(read_whole(folder / "network.json"))} == TOLD:
-            return
-    for name in names:
-        if (folder / name).exists():
-            raise ValueError(f"{folder / name} exists, and is of no export; choose another --out")
-
-
 def save_onnx(path: Path, program: ExportedProgram, outputs: list[str]) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
     inputs = ["x", "t", "cached_U"][: len(program.graph_signature.user_inputs)]
@@ -102,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         refuse_context(shape_of(args.ckpt))  # before it is downloaded
     graphs = {"full": f"full.{ending}", "partial": f"partial_b{args.branch}.{ending}"}
     names = ["network.json", *graphs.values(), *["example.py"] * (ending == "onnx")]
-    refuse_others(out, names)
+    refuse_others(args.out, names, lambda text: {*json.loads(text)} == TOLD)
     unet = load(args.ckpt, memory_format="contiguous")
     size = unet.config.image_size
     unet.cached_shape(args.branch, size, size)  # a branch that is not there is said now

@@ -26,13 +26,13 @@ from minicache.images import BAND, default_font, fitted, grid, picture, to_uint8
 from minicache.plan import CachePlan, uncached, uniform
 from minicache.recipe import Recipe, recipe_from_file, shipped_recipe
 from minicache.sampling import STEPS, denoise
-from minicache.tools import Parser, at_least, prepare_out
+from minicache.tools import Parser, at_least, prepare_out, refuse_unworded
 from minicache.unet import UNet
 from minicache.words import prompts_for
 
 FRAMES, MILLISECONDS, PAUSE = 100, 100, 2600  # after the first; each; the last
 COLORS, STILL = 95, 8  # a pixel stands still until it changes by more, of 255; both keep the file small
-PICTURES = 32  # in a row, at most; the states of all steps of all of them are held at once
+PICTURES = 32  # in a row, at most; those of all steps are held at once
 SIDE, LEFT, BOTTOM = 128, 250, 34  # pixels: of a picture; beside and below all of them
 INK, MUTED, TRACK, GREY, BLUE, RED = "#1c2026", "#626973", "#e3e0d9", "#7d8590", "#2563c9", "#c33d2b"
 
@@ -51,8 +51,10 @@ def emerging(unet: UNet, seeds: range, **settings: Any) -> tuple[list[np.ndarray
     """The noise, then each step's predicted pictures, at last the pictures themselves; and what each cost."""
     shape = (unet.config.in_channels, *[unet.config.image_size] * 2)
     x_T = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    steps = list(denoise(unet, seeds, x_T=x_T, **settings))
-    pictures = [to_uint8(frame) for frame in (x_T, *(step.x0 for step in steps[:-1]), steps[-1].x)]
+    pictures = [to_uint8(x_T)]
+    for step in denoise(unet, seeds, x_T=x_T, **settings):
+        pictures.append(to_uint8(step.x0))
+    pictures[-1] = to_uint8(step.x)
     for before, after in pairwise(pictures[:-1]):
         np.copyto(after, before, where=abs(after.astype(int) - before).max(-1, keepdims=True) <= STILL)
     costs = macs_so_far(unet, settings["plan"], settings["guidance"])
@@ -118,10 +120,17 @@ def main(args: argparse.Namespace) -> None:
     unet, seeds = load(args.ckpt), range(args.seed, args.seed + args.num)
     if unet.config.adm or unet.config.in_channels not in (1, 3):
         raise ValueError(f"{args.ckpt} draws latents, or other channels than a picture's 1 or 3")
-    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, prompt=args.prompt, guidance=args.guidance, seed=args.seed)
+    refuse_unworded(args.ckpt, unet)
+    asked = {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed}
+    if args.plan and args.guidance is None and unet.config.context_dim:
+        asked["guidance"] = Recipe.load(args.plan).guidance
+    prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     cached = uniform(args.steps, args.interval, args.branch)
     weights = fingerprint(unet)
-    best = recipe_from_file(args.plan) if args.plan else best_plan(unet, weights, prompts.guidance, cached)
+    if args.plan:
+        best = recipe_from_file(args.plan, guidance=prompts.guidance)
+    else:
+        best = best_plan(unet, weights, prompts.guidance, cached)
     ddim = f"DDIM, {args.steps} steps"
     ways = (
         ("Uncached", ddim, GREY, {"plan": uncached(args.steps)}),
@@ -144,7 +153,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", default="emoji", help="a checkpoint's name or path (default: emoji)")
     add("--prompt", action="append", help="may stand several times, as for sample.py (default: its own examples)")
-    add("--guidance", type=float, help="how strictly to follow it (default: what suits the network)")
+    add("--guidance", type=float, help="how strictly to follow it (default: --plan's, or what suits the network)")
     add("--num", type=int, default=4, help=f"pictures, at most {PICTURES} (default: 4)")
     add("--seed", type=int, default=0, help="of the first picture (default: 0)")
     add("--steps", type=int, default=STEPS, help=f"of DDIM, uncached and with DeepCache (default: {STEPS})")

@@ -82,13 +82,14 @@ def same_run(recipe: Recipe, whole: Recipe) -> bool:
 
 
 def published(task: Task, whole: Recipe) -> dict[str, Method]:
-    """Plans that need no calibration of the sampler, in the steps of `whole`."""
+    """Plans that need no calibration of the sampler, in the steps of `whole`, at branches that the network has."""
     found = {}
     for N in INTERVALS:
         linear = replace(whole, plan=uniform(whole.plan.steps, N, 1, "linear"))
+        for branch in (3, 1):
+            if branch <= len(task.unet.D):
+                found[f"deepcache-n{N}-b{branch}"] = Method(replace(whole, plan=uniform(whole.plan.steps, N, branch)))
         found |= {
-            f"deepcache-n{N}-b3": Method(replace(whole, plan=uniform(whole.plan.steps, N, 3))),
-            f"deepcache-n{N}-b1": Method(replace(whole, plan=uniform(whole.plan.steps, N, 1))),
             f"linear-n{N}-b1": Method(linear),
             f"l2p-n{N}-b1": learned(task, linear),
             f"spectrum-n{N}-b1": Method(linear, Spectrum),
@@ -125,12 +126,13 @@ def smaller(task: Task, whole: Recipe, ckpt: str, placement: Placement) -> dict[
 def fewer_steps(task: Task, whole: Recipe, budget: float) -> dict[str, dict[str, Method]]:
     """Uncached runs for this cost: of the deterministic samplers, unless `whole` draws noise; and of that of `whole`.
 
-    ValueError for a cost below that of a step.
+    ValueError for the cost of fewer than two steps, as a single one would begin where no noise is left, and for that of
+    more steps than there are timesteps.
     """
-    step = task.cost(uncached(1))
+    step, T = task.cost(uncached(1)), task.unet.diffusion.num_timesteps
     steps = int(budget / step + 1e-9)
-    if not steps:
-        raise ValueError(f"--budgets {budget:g} is less than a single step costs, {step:g}")
+    if not 2 <= steps <= T:
+        raise ValueError(f"--budgets {budget:g}: rows of 2 to {T} steps cost {2 * step:g} to {T * step:g} full passes")
     kinds = {} if draws_noise(whole) else {SHELF: off_the_shelf(task, steps)}
     if steps > 2 or not whole.entry.twice:
         kinds[whole.sampler] = [replace(whole, plan=uncached(steps))]
