@@ -1,6 +1,7 @@
 """calibrate from end to end on tiny random networks, and sample.py with what it writes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def test_an_unconditional_network(net, tmp_path, capsys):
     for name in calibrate.RIVALS:
         assert error <= relative_l2(sample(unet, calibrate.CHECK, sampler=name, steps=4), reference).mean().item()
     said = capsys.readouterr().out
-    assert "| fitted | 4 full, 0 partial | 4 |" in said and said.count(" +- ") == 2
+    assert "| fitted | 4 full, 0 partial | 4 |" in said and said.count(" +- ") == 3
+    fitted, shelf, gain = map(float, re.findall(r"(\S+) \+- ", said))
+    assert gain == pytest.approx(fitted - shelf, abs=2e-5)
     assert said.endswith(f"{out}: fitted, 4 steps, 4 in full\n") and [*out.parent.iterdir()] == [out]
 
 
@@ -121,7 +124,7 @@ def test_a_cache_for_a_sampler_and_its_steps(net, tmp_path, capsys, sampler):
     whole = sample(unet, calibrate.CHECK, sampler=sampler, steps=8)
     error = relative_l2(sample(unet, calibrate.CHECK, **recipe.settings(fingerprint(unet))), whole).mean().item()
     assert recipe.error == pytest.approx(error, rel=1e-3)
-    assert capsys.readouterr().out.count(" +- ") == 3
+    assert capsys.readouterr().out.count(" +- ") == 5
 
 
 def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
