@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minicache.reading import understood
-from minicache.unet import UNet
+from minicache.unet import UNet, UNetConfig
 
 LONGEST = 1 << 24  # bytes of a file of prompts
 
@@ -117,13 +117,13 @@ def prompts_for(
             raise ValueError(f"{name} takes a context of tokens, which Python alone can give it")
         if prompt or prompts or negative or not label:
             raise ValueError(f"{name} knows classes, not words: say which with --class")
-        return Prompts(*classes(label, unet.config.num_tokens), seed, CLASS_GUIDANCE if guidance is None else guidance)
+        return Prompts(*classes(label, unet.config), seed, CLASS_GUIDANCE if guidance is None else guidance)
     if label:
         raise ValueError(f"--class: {name} knows words, not classes: use --prompt")
     texts = [*(prompt or ()), *(lines_of(prompts) if prompts else ())] or list(words.examples)
     if not texts:
         if flag and (flag, guidance) != ("guidance", 1):  # which asks for no prompt to be followed
-            raise ValueError(f"--{flag} needs a --prompt")
+            raise ValueError(f"--{flag}, or guidance of a plan, needs prompts, as {name} has no examples")
         return Prompts([])
     guidance = words.guidance if guidance is None else guidance
     if negative is None and unet.config.num_tokens is None and guidance != 1:
@@ -132,10 +132,11 @@ def prompts_for(
     return Prompts(texts, words.encode(*texts[:num]), seed, guidance, away)
 
 
-def classes(labels: list[int], number: int) -> tuple[list[str], Tensor]:
+def classes(labels: list[int], config: UNetConfig) -> tuple[list[str], Tensor]:
     """What to write under pictures of these classes, and their ids [B, 1]; ValueError for a class that there is not."""
-    if not all(0 <= label < number for label in labels):
-        raise ValueError(f"--class {labels}: the classes are 0..{number - 1}")
+    if not all(0 <= label < config.num_tokens and label != config.null_token for label in labels):
+        nothing = f"{config.null_token}, which stands for none"
+        raise ValueError(f"--class {labels}: the classes are 0..{config.num_tokens - 1} without {nothing}")
     return [f"class {label}" for label in labels], torch.tensor(labels)[:, None]
 
 

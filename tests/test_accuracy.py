@@ -118,6 +118,7 @@ def test_nothing_held_out(tmp_path, monkeypatch):
         (["--steps", "0"], "steps=0"),
         (["--guidance", "-1"], "guidance=-1"),
         (["--data", "."], r"--data \. has no captions"),
+        (["--data", "nowhere"], "there is no folder nowhere"),
         (["--categories", "Flags"], "categories=Flags"),
     ],
 )
@@ -131,7 +132,7 @@ def test_files_of_others_stay(folder, monkeypatch):
     (out := folder.parent / "out").mkdir()
     for name in ("accuracy.md", "accuracy.png"):
         (out / name).write_text("mine")
-        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run of this command"):
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run like this one"):
             run(monkeypatch, folder)
         assert (out / name).read_text() == "mine"
         (out / name).unlink()

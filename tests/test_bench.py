@@ -47,7 +47,7 @@ def test_files_of_others_stay(tmp_path, monkeypatch):
     flags = ["--ckpt", str(tmp_path / "net.pt"), "--batch", "1", "--steps", "0", "--dtype", "float32", "--out"]
     for name in ("bench.md", "bench.json"):
         (tmp_path / name).write_text("mine")
-        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run of this command"):
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run like this one"):
             run(*flags, str(tmp_path))
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()

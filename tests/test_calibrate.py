@@ -99,6 +99,8 @@ def test_a_recipe_for_another_network_is_not_replaced(net, tmp_path):
     for budgets, words in (((3,), "for another network"), ((4,), "not a recipe"), ((6, 6.0000001), "one name in")):
         with pytest.raises(ValueError, match=words):
             run("--ckpt", net, "--budget", *budgets, "--out", tmp_path)
+    with pytest.raises(ValueError, match="for another network"):
+        run("--ckpt", net, "--budget", 3, "--out", tmp_path / "net-3.json")
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == before
 
 
@@ -148,6 +150,10 @@ def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
         (["--budget", "nan"], "--budget nan: "),
         (["--budget", "4", "inf", "--out", "folder"], "--budget inf: "),
         (["--budget", "3", "4", "--out", "x.json"], "2 budgets need a folder"),
+        (
+            ["--budget", "9", "2", "--sampler", "ddim", "--steps", "10", "--out", "folder"],
+            "no plan of 10 steps costs 2 ",
+        ),
         (["--sampler", "ddpm"], "--sampler and --steps go together"),
         (["--steps", "10"], "--sampler and --steps go together"),
         (["--sampler", "ddim", "--steps", "0"], "steps=0"),

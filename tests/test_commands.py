@@ -74,6 +74,7 @@ def test_what_went_wrong_is_one_sentence(capsys):
 @pytest.mark.parametrize("message", [
     "CUDA out of memory. Tried to allocate 2.00 GiB.",
     "MPS backend out of memory (MPS allocated: 1.0 GB)",
+    "std::bad_alloc",
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4",
     "Storage size calculation overflowed with sizes=[1000000000000000000, 3, 32, 32]",
     "[enforce fail at alloc_cpu.cpp:75] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.",

@@ -14,7 +14,7 @@ from minicache import CachePlan, Diffusion, Recipe, denoise, sample, uncached, u
 from minicache.checkpoints import fingerprint, save
 from minicache.cost import macs, pass_seconds
 from minicache.fit import FINEST, forecast
-from minicache.images import to_uint8
+from minicache.images import save_png, to_uint8
 from minicache.metrics import frechet_distance, moments, relative_l2
 from minicache.plan import PlanCache
 from minicache.samplers import SAMPLERS
@@ -295,6 +295,23 @@ def test_prompts_and_guidance(worded, tmp_path, few):
         run(*flags, "--guidance", 2)
 
 
+def test_no_table_is_of_two_networks(net, net32, tmp_path, few):
+    flags = ["--like", "ddpm-6", "--budgets", 4, "--pairs", 2, "--out", tmp_path / "out", "--only"]
+    run("--ckpt", net, *flags, "deepcache-n5-b3")
+    before = (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(ValueError, match="is of no earlier run like this one"):
+        run("--ckpt", net32, *flags, "linear-n5-b1")
+    assert (tmp_path / "out" / "table.md").read_text() == before
+
+
+def test_nothing_is_added_to_the_real_pictures(net32, tmp_path):
+    save_png(tmp_path / "real" / "a.png", np.zeros((32, 32, 3), np.uint8))
+    for out in (tmp_path / "real", tmp_path / "real" / "out"):
+        with pytest.raises(ValueError, match="whose pictures are read"):
+            run("--ckpt", net32, "--budgets", 5, "--like", "ddim-5", "--real", tmp_path / "real", "--out", out)
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["a.png"]
+
+
 def test_distances_are_of_the_same_pictures_and_nothing_is_drawn_twice(net32, real, tmp_path, few, monkeypatch):
     out, drawn = tmp_path / "out", []
     draw = Pictures.draw
@@ -366,7 +383,7 @@ def test_other_sizes_than_the_classifiers_need_inception(net, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
     np.savez(tmp_path / "real.npz", arr_0=to_uint8(noise(9, 3, 16, 16)))
     flags = ["--ckpt", net, "--real", tmp_path / "real.npz", "--like", "ddim-8", "--budgets", 5, "--out", tmp_path]
-    with pytest.raises(ValueError, match="features are for 32 x 32 pixels, not 16 x 16: give --fid"):
+    with pytest.raises(ValueError, match=r"need \(16, 16, 3\), and --fid if not 32 x 32"):
         run(*flags)
     with pytest.raises(ValueError, match="FID needs torch-fidelity"):
         run(*flags, "--fid")
@@ -382,7 +399,7 @@ def test_files_of_others_stay(net, tmp_path, few):
     flags = ["--ckpt", net, "--like", "ddim-8", "--budgets", 5, "--pairs", 2, "--only", "linear-*", "--out", tmp_path]
     for name in ("table.md", "error.png", "samples.png"):
         (tmp_path / name).write_bytes(b"| mine |\xff")
-        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run of this command"):
+        with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run like this one"):
             run(*flags)
         assert (tmp_path / name).read_bytes() == b"| mine |\xff"
         (tmp_path / name).unlink()
@@ -419,7 +436,7 @@ def test_ancestral_plans(net, tmp_path, few):
             "--only no-. fits no row; there are whole, deepcache-n2-b3",
         ),
         (["--fid"], "give --real"),
-        (["--out", ""], "--out '' names no folder"),
+        (["--budgets", "5", "--like", "ddim-5", "--out", ""], "--out '' names no folder"),
         (["--real", "REAL", "--num", "5"], "--num 5 must be at least 32"),
         (["--real", "SMALL"], "images of .*16, 16, 3.*; need .32, 32, 3"),
         (["--ancestral", "0"], "steps=0 must be a whole number of at least 1"),

@@ -227,7 +227,8 @@ def test_a_recipe_has_its_own_guidance(folder, tmp_path):
     ("folder", ["--prompt", "cat", "--eta", 0.5], "eta=0.5 means nothing to sampler='pndm'"),
     ("ldm", ["--prompt", "cat"], "knows classes, not words: say which with --class"),
     ("ldm", [], "knows classes, not words: say which with --class"),
-    ("ldm", ["--class", 6], "the classes are 0..5"),
+    ("ldm", ["--class", 6], "the classes are 0..5 without 5, which stands for none"),
+    ("ldm", ["--class", 5], "the classes are 0..5 without 5, which stands for none"),
 ])  # fmt: skip
 def test_wrong_questions(folder, ldm, tmp_path, which, flags, words):
     path = {"folder": folder[0], "ldm": ldm}[which]

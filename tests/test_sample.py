@@ -432,7 +432,7 @@ def test_guidance_1_needs_no_prompt(worded, tmp_path):
     Recipe(uncached(6)).save(tmp_path / "r.json")
     draw(tmp_path / "net.pt", "--plan", tmp_path / "r.json", "--out", tmp_path / "x.png")
     Recipe(uncached(6), guidance=2.0).save(tmp_path / "r.json")
-    with pytest.raises(ValueError, match="--guidance needs a --prompt"):
+    with pytest.raises(ValueError, match="guidance of a plan, needs prompts"):
         draw(tmp_path / "net.pt", "--plan", tmp_path / "r.json", "--out", tmp_path / "x.png")
 
 

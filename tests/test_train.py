@@ -235,12 +235,17 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path,
     def killed(*_):
         raise RuntimeError("killed")
 
-    flags = {**QUICK, "preview_every": 1, "steps": 2, "out": str(tmp_path)}
+    flags = {**QUICK, "preview_every": 1, "save_every": 2, "steps": 3, "out": str(tmp_path)}
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(Training, "save", killed)
         main(**flags)
     assert (tmp_path / "preview_000001.png").exists() and not (tmp_path / "last.pt").exists()
-    assert main(**flags).exists()
+    last = main(**flags)
+    last.rename(tmp_path / "kept.pt")
+    before = (tmp_path / "log.csv").read_text()
+    with pytest.raises(ValueError, match=r"log\.csv tells of a run whose last\.pt is gone"):
+        main(**flags)
+    assert (tmp_path / "log.csv").read_text() == before
 
 
 @pytest.mark.parametrize("change, words", [

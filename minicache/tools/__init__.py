@@ -17,7 +17,8 @@ from minicache.reading import read_whole, understood
 from minicache.unet import UNet
 
 # torch's words, on every device
-TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "size calculation overflowed")
+TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "size calculation overflowed",
+                     "bad_alloc")  # fmt: skip
 MOST = 10**8  # of whatever a flag counts: who asks for more has mistyped it
 
 
@@ -56,6 +57,8 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # it was closed (2>&-), and progress bars would be an error
             setattr(sys, stream, open(os.devnull, "w"))
+        if hasattr(getattr(sys, stream), "reconfigure"):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")  # a name that cannot be printed is no error
     try:
         code = command() or 0
         print(end="", flush=True)  # as Python would do it after all this, where nothing is caught
@@ -167,16 +170,19 @@ def refuse_unworded(ckpt: str, unet: UNet) -> None:
         raise ValueError(f"--ckpt {ckpt} takes a context, but no words: this command knows only prompts of words")
 
 
-def refuse_others(out: str, names: Sequence[str], ours: Callable[[str], bool]) -> None:
+def refuse_others(out: str, names: Sequence[str], ours: Callable[[str], bool], apart: str | None = None) -> None:
     """ValueError where the folder --out holds files of these names, unless an earlier run's, which may be replaced.
 
-    ours: whether the text of the first file is that of an earlier run. To be called before the work.
+    ours: whether the text of the first file is that of an earlier run. apart: a folder of pictures that is read, and in
+    which --out may not lie. To be called before the work.
     """
     if not out:
         raise ValueError("--out '' names no folder")
+    if apart and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(apart)):
+        raise ValueError(f"--out {out} lies in {apart}, whose pictures are read: nothing is added to them")
     with suppress(ValueError), understood(first := Path(out) / names[0], "ours"):
-        if ours(read_whole(first).decode()):
+        if ours(read_whole(first).decode()) and not any((Path(out) / name).is_dir() for name in names):
             return
     for name in names:
         if (path := Path(out) / name).exists():
-            raise ValueError(f"{path} exists, and is of no earlier run of this command; choose another --out")
+            raise ValueError(f"{path} exists, and is of no earlier run like this one; choose another --out")

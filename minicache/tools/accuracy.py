@@ -85,6 +85,8 @@ def chosen_recipe(args: argparse.Namespace, vocabulary: Vocabulary) -> Recipe:
 def main(args: argparse.Namespace) -> None:
     at_least(args, num=1, batch_size=1)
     refuse_others(str(args.out), ("accuracy.md", "accuracy.png"), lambda text: "| captions | n | right |" in text)
+    if not Path(args.data).is_dir():
+        raise ValueError(f"there is no folder {args.data}")
     words = captioned(args.data, args.categories)
     if words is None:
         raise ValueError(f"--data {args.data} has no captions")
@@ -111,9 +113,9 @@ def main(args: argparse.Namespace) -> None:
     how = f"{recipe.label}, {recipe.steps} steps, guidance {recipe.guidance:g}"
     passes = full_passes(unet, recipe.plan, recipe.guidance)
     report = f"{args.ckpt} ({weights}): {how}, {passes:.1f} full passes\n\n{markdown(rows)}"
-    print(report)
     with replacing(args.out / "accuracy.md") as temporary:
         temporary.write_text(report)
+    print(report)
     save_png(args.out / "accuracy.png", labelled(np.concatenate(sheet), labels, 6, enlargement(size)))
     print(f"{args.out / 'accuracy.png'} (left: sample, right: the nearest picture trained on)")
 

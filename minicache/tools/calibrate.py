@@ -137,8 +137,6 @@ def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, kno
         candidates = [*found.values(), *rivals]
     else:
         candidates = list(fixed(task, known("whole"), budget))
-        if not candidates:
-            raise ValueError(f"no plan of {args.steps} steps costs {budget:.3g} full passes or less")
     target = known("check")
     scored = [replace(r, error=relative_l2(task.images(r, CHECK), target).mean().item()) for r in candidates]
     best = min(scored, key=lambda recipe: recipe.error)
@@ -182,13 +180,16 @@ def main(args: argparse.Namespace) -> None:
         if not 2 * step <= budget <= most:
             raise ValueError(f"--budget {budget:g}: {args.ckpt} can be fitted for {2 * step:g} to {most:g} full passes")
     whole = None if args.steps is None else task.recipe(uncached(passes(args.steps, args.sampler)), args.sampler)
+    least = 0 if whole is None else task.cost(uniform(whole.plan.steps, whole.plan.steps, 1))
+    if wrong := [budget for budget in args.budget if budget < least]:
+        raise ValueError(f"no plan of {args.steps} steps costs {wrong[0]:.3g} full passes or less")
     limit = whole or finest(task)
     limit.timesteps(unet.diffusion)  # refuses now what it would refuse later
     out, stem = Path(args.out), Path(args.ckpt).stem + (f"-g{prompts.guidance:g}" if prompts.texts else "")
     outs = [out if out.suffix else out / f"{stem}-{budget:g}.json" for budget in args.budget]
     for each in (out, *outs):
         prepare_out(each, (".json",))
-        if each != out and each.exists() and Recipe.load(each).fingerprint != weights:
+        if each.is_file() and Recipe.load(each).fingerprint != weights:
             raise ValueError(f"{each} is a recipe for another network; choose another --out")
     if len({*outs}) < len(outs):
         raise ValueError(f"two of --budget {args.budget} would have one name in {out}")

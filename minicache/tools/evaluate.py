@@ -62,7 +62,7 @@ from minicache.placement import COMPILE, DTYPES, choose_placement, place
 from minicache.plan import uncached
 from minicache.recipe import recipes_in
 from minicache.sampling import sample
-from minicache.shards import ImageSet, fill
+from minicache.shards import ImageSet, fill, packed_manifest
 from minicache.tools import Parser, at_least, make_folder, markdown, refuse_others, refuse_unworded
 from minicache.tools.calibrate import CHECK, HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
@@ -183,8 +183,6 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
 
 def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Method]], Samples | None]:
     """The network and all else that the arguments ask for; ValueError for what cannot be had."""
-    names = ("table.md", "error.png", "samples.png")
-    refuse_others(args.out, names, lambda text: text.startswith("| method | sampler |"))
     at_least(args, pairs=2, num=args.pairs, sets=1, batch_size=1)
     if wrong := [budget for budget in args.budgets if not 0 < budget < math.inf]:
         raise ValueError(f"--budgets {wrong[0]:g} must be positive and finite")
@@ -195,10 +193,8 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     if unet.config.in_channels != 3:
         raise ValueError(f"pictures of 3 channels are compared, and {args.ckpt} draws {unet.config.in_channels}")
     real = args.real and read_samples(args.real)
-    if real and real.shape[1:] != (size, size, 3):
-        raise ValueError(f"--real {args.real} has images of {real.shape[1:]}; need ({size}, {size}, 3)")
-    if real and size != 32 and not args.fid:
-        raise ValueError(f"--real: the classifier's features are for 32 x 32 pixels, not {size} x {size}: give --fid")
+    if real and (real.shape[1:] != (size, size, 3) or not (size == 32 or args.fid)):
+        raise ValueError(f"--real has images of {real.shape[1:]}; need {(size, size, 3)}, and --fid if not 32 x 32")
     num = args.num or max(1000, args.pairs) if real else args.pairs
     if num % args.sets or num < 2 * args.sets:
         raise ValueError(f"--num {num} cannot be parted into {args.sets} equal sets of two pictures or more")
@@ -210,9 +206,14 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     other = smaller(task, whole, args.smaller, placement) if args.smaller else {}
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
+    manifest = {"weights": weights, "prompts": prompts.texts, "dtype": str(placement.dtype).removeprefix("torch.")}
+
+    def ours(table: str) -> bool:  # of the same network
+        kept = [packed_manifest(path) for path in (Path(args.out) / "pairs").glob("*.npz")]
+        return table.startswith("| method | sampler |") and all(each.get("weights") == weights for each in kept)
+
+    refuse_others(args.out, ("table.md", "error.png", "samples.png"), ours, apart=args.real)
     make_folder(Path(args.out))
-    dtype = str(placement.dtype).removeprefix("torch.")
-    manifest = {"weights": weights, "prompts": prompts.texts, "dtype": dtype}
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
 
 
@@ -237,10 +238,10 @@ def hours(pictures: Pictures, found: dict[str, dict[str, Method]], seconds: Call
 def main(args: argparse.Namespace) -> None:
     pictures, found, real = prepared(args)
     field, features = ("FID", inception()) if args.fid else ("Frechet distance", classifier_features)
+    real = real and real.moments(features)[0]
     task, out, seconds = pictures.task, pictures.folder, clock(pictures.task)
     found = shortlisted(task, found)
     print(f"{len(found)} methods, {pictures.num} pictures each: about {hours(pictures, found, seconds):.1f} hours")
-    real = real and real.moments(features)[0]
     (name, first), *_ = next(iter(found.values())).items()
     whole, like = first.recipe, pictures.paired(name, first)
     noisy = draws_noise(whole)

@@ -137,6 +137,9 @@ def main(args: argparse.Namespace) -> None:
         ("DeepCache", f"{ddim}, 1 in {args.interval} in full", BLUE, {"plan": cached}),
         ("Best plan", f"{best.label} solver, {best.steps} steps", RED, best.settings(weights)),
     )
+    for *_, settings in ways:  # refuse now what would be refused later
+        denoise(unet, seeds[:1], **{**settings, "guidance": prompts.guidance, **prompts.context(seeds[:1])})
+        unet.cached_shape(settings["plan"].branch, *[unet.config.image_size] * 2)
     asked = {"guidance": prompts.guidance, **prompts.context(seeds)}
     rows = [Row(*said, *emerging(unet, seeds, **{**settings, **asked})) for *said, settings in ways]
     pace = max(row.spent[-1] for row in rows) / FRAMES

@@ -13,10 +13,12 @@ HEADER = "step,loss,loss_noisiest_tenth,seconds"
 def claim(folder: Path) -> None:
     """Begin the log of a folder, if there is none. ValueError where it, or previews beside it, are somebody else's."""
     path, checkpoint = folder / "log.csv", folder / "last.pt"
-    drawn = next(folder.glob("preview_*.png"), None)
+    drawn, lines = next(folder.glob("preview_*.png"), None), read(path)
     if drawn and not path.exists() and not checkpoint.exists():
         raise ValueError(f"{drawn} exists, and no log.csv tells that a run drew it; choose another --out")
-    write(path, read(path))
+    if lines and not checkpoint.exists():
+        raise ValueError(f"{path} tells of a run whose last.pt is gone; choose another --out, or remove it")
+    write(path, lines)
 
 
 def log(path: Path, step: int, *values: float) -> None:
