@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +171,16 @@ def test_the_name_of_an_output_is_tried_before_the_work(tmp_path):
     for path in (tmp_path / "old.json", tmp_path / "new.json"):
         prepare_out(path, (".json",))
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"] and (tmp_path / "old.json").read_text() == "kept"
+
+
+def test_what_an_earlier_run_wrote_may_be_replaced_and_no_folder(tmp_path):
+    check = partial(tools.refuse_others, str(tmp_path), ("a.md", "b.png"), lambda text: text == "ours")
+    check()
+    (tmp_path / "a.md").write_text("ours")
+    check()
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(ValueError, match=r"b\.png exists|a\.md exists"):
+        check()
 
 
 def test_a_table_has_a_column_for_all_that_any_row_says():

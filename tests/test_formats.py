@@ -185,6 +185,22 @@ def test_what_is_converted_is_not_replaced(tmp_path, unet):
     before = (tmp_path / "net.pt").read_bytes()
     (tmp_path / "link.pt").symlink_to("net.pt")
     for name in ("net.pt", "link.pt"):
-        with pytest.raises(ValueError, match="is what is converted; choose another name"):
+        with pytest.raises(ValueError, match="is what is converted, or a part of it; choose another name"):
             main(parse([str(tmp_path / "net.pt"), str(tmp_path / name), "--half"]))
     assert (tmp_path / "net.pt").read_bytes() == before
+    save_diffusers(tmp_path / "folder", unet)
+    for name in ("", "config.json"):
+        with pytest.raises(ValueError, match="is what is converted, or a part of it"):
+            main(parse([str(tmp_path / "folder"), str(tmp_path / "folder" / name)]))
+    assert read(tmp_path / "folder").config == unet.config
+
+
+def test_where_nothing_can_be_written(tmp_path, unet):
+    save(tmp_path / "net.pt", unet)
+    (tmp_path / "folder").mkdir()
+    for name, words in (("folder", "is a folder"), ("net.pt/x.pt", "this folder cannot be made or written to")):
+        with pytest.raises(ValueError, match=words):
+            main(parse([str(tmp_path / "net.pt"), str(tmp_path / name)]))
+    with pytest.raises(ValueError, match="is a folder"):
+        main(parse([str(tmp_path / "net.pt"), ""]))
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "net.pt"}

@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -113,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         if ending == "onnx":
             files["example.py"].write_text(Path(__file__).with_name("onnx_example.py").read_text())
         files["network.json"].write_text(json.dumps(network) + "\n")
-        (out / "network.json").resolve().unlink(missing_ok=True)  # an older one, before its graphs go
+        Path(os.path.realpath(out / "network.json")).unlink(missing_ok=True)  # an older one, before its graphs go
     print(f"{out}: {', '.join(names)}")
 
 
