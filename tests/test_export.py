@@ -108,17 +108,21 @@ def test_a_network_with_a_context_is_refused():
         export.main(export.parse(["--ckpt", "sd15", "--format", "pt2", "--out", "x"]))
 
 
-def test_files_of_others_stay(net, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_files_of_others_stay(net, tmp_path, monkeypatch, ending):
+    if ending == "onnx":
+        pytest.importorskip("onnxscript")
     monkeypatch.setattr(export, "programs", lambda *_: pytest.fail("worked"))
-    for name in ("example.py", "network.json", "full.onnx", "partial_b3.onnx"):
+    flags = ["--ckpt", str(net), "--format", ending, "--out"]
+    for name in ("network.json", f"full.{ending}", f"partial_b3.{ending}", *["example.py"] * (ending == "onnx")):
         path = tmp_path / name
         path.write_text("{}")
         with pytest.raises(ValueError, match=f"{name} exists, and is of no earlier run"):
-            export.main(export.parse(["--ckpt", str(net), "--out", str(tmp_path)]))
+            export.main(export.parse([*flags, str(tmp_path)]))
         assert path.read_text() == "{}"
         path.unlink()
     with pytest.raises(ValueError, match="--out '' names no folder"):
-        export.main(export.parse(["--ckpt", str(net), "--out", ""]))
+        export.main(export.parse([*flags, ""]))
 
 
 def test_an_export_that_fails_over_an_older_one_leaves_the_older_one(net, tmp_path, monkeypatch):
