@@ -61,7 +61,7 @@ class Settings:
     init: str | None = flag(None, "begin with these weights, and their shape, not with random ones", metavar="CKPT")
     resume: bool = flag(False, "continue from <out>/last.pt")
     image_size: int = flag(32, "pixels a side")
-    model_channels: int = flag(64, "width of the first level, a multiple of --groups; twice it at least")
+    model_channels: int = flag(64, "width of the first level, a multiple of --groups; better twice it at least")
     channel_mult: tuple[int, ...] = flag((1, 1, 1, 1), "width of each level, in model-channels")
     num_res_blocks: int = flag(2, "blocks of a level on the way down; one more on the way up")
     groups: int = flag(32, "groups of every GroupNorm")

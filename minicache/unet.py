@@ -152,7 +152,7 @@ class UNetConfig:
     """The shape of a U-Net. Level l works at image_size / 2**l with model_channels * channel_mult[l] channels."""
 
     image_size: int  # pixels a side
-    model_channels: int  # an even multiple of groups, as is every width
+    model_channels: int  # even, and a multiple of groups, as is every width
     channel_mult: tuple[int, ...]
     num_res_blocks: int = 2  # a level, on the way down; one more on the way up
     attention_resolutions: tuple[int, ...] = (16,)  # besides the middle, which always has it

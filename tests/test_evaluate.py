@@ -301,6 +301,9 @@ def test_no_table_is_of_two_networks(net, net32, tmp_path, few):
     before = (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(ValueError, match="is of no earlier run like this one"):
         run("--ckpt", net32, *flags, "linear-n5-b1")
+    for change in (["--like", "ddpm-7"], ["--pairs", 3], ["--spacing", "trailing"]):
+        with pytest.raises(ValueError, match="is of no earlier run like this one"):
+            run("--ckpt", net, *flags, "linear-n5-b1", *change)
     assert (tmp_path / "out" / "table.md").read_text() == before
 
 
@@ -448,8 +451,8 @@ def test_ancestral_plans(net, tmp_path, few):
         (["--like", "ddim-10", "--budgets", "5", "21"], "--budgets 21: rows of 2 to 20 steps cost 2 to 20 full passes"),
         (["--like", "ddim-10", "--budgets", "1"], "--budgets 1: rows of 2 to 20"),
         (["--like", "ddim-10", "--budgets", "1001"], "--budgets 1001: rows of 2 to 20"),
-        (["--budgets", "5", "1e400"], "--budgets inf must be positive and finite"),
-        (["--budgets", "nan"], "--budgets nan must be positive and finite"),
+        (["--budgets", "5", "1e400"], "--budgets inf must be at least 0"),
+        (["--budgets", "nan"], "--budgets nan must be at least 0"),
         (["--like", "ddim-10", "--budgets", "0.5"], "--budgets 0.5: rows of 2 to 20"),
         (["--like", "ddim-10", "--budgets", "5", "--out", "SMALL"], "small.npz: this folder cannot be made"),
     ],

@@ -116,6 +116,9 @@ def test_prompts_and_a_plan_of_ones_own(tmp_path, monkeypatch):
     for given, asked in (([*flags, "--guidance", 7], "7.0"), (["--ckpt", "tiny_cifar10", *flags[2:]], "1.0")):
         with pytest.raises(ValueError, match=rf"--guidance {asked} contradicts .*g2\.json, which has 2\.0"):
             main(*given)
+    Recipe(uniform(4, 1), guidance=2.0, fingerprint="another").save(recipe)
+    with pytest.raises(ValueError, match="made for the weights another"):
+        main("--ckpt", "tiny_cifar10", *flags[2:])
     Recipe(uniform(4, 2, branch=19), guidance=2.0).save(recipe)
     seen.clear()
     with pytest.raises(ValueError, match=r"branch=19 is not in"):

@@ -35,7 +35,7 @@ from minicache.plan import CachePlan, from_refreshes, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.samplers import SAMPLERS, passes
 from minicache.sampling import sample
-from minicache.tools import Parser, markdown, prepare_out, refuse_unworded
+from minicache.tools import Parser, at_least, markdown, prepare_out, refuse_unworded
 from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
 
@@ -168,6 +168,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: {len(args.budget)} budgets need a folder, not a .json")
     if (args.sampler is None) != (args.steps is None):
         raise ValueError("--sampler and --steps go together: they fix what is cached")
+    at_least(args, steps=2)
     placement, unet = choose_placement(args.device, "float32"), load(args.ckpt)
     weights = fingerprint(unet)
     refuse_unworded(args.ckpt, unet)

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -183,9 +182,7 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
 
 def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Method]], Samples | None]:
     """The network and all else that the arguments ask for; ValueError for what cannot be had."""
-    at_least(args, pairs=2, num=args.pairs, sets=1, batch_size=1)
-    if wrong := [budget for budget in args.budgets if not 0 < budget < math.inf]:
-        raise ValueError(f"--budgets {wrong[0]:g} must be positive and finite")
+    at_least(args, pairs=2, num=args.pairs, sets=1, batch_size=1, budgets=0)
     if args.real is None and (args.fid or args.num or args.sets > 1):
         raise ValueError("--fid, --num and --sets are for distances to real images: give --real")
     unet, placement = load(args.ckpt), choose_placement(args.device, args.dtype, compile=COMPILE[args.compile])
@@ -208,9 +205,10 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": str(placement.dtype).removeprefix("torch.")}
 
-    def ours(table: str) -> bool:  # of the same network
+    def ours(table: str) -> bool:  # of the same network, --like and --pairs
         kept = [packed_manifest(path) for path in (Path(args.out) / "pairs").glob("*.npz")]
-        return table.startswith("| method | sampler |") and all(each.get("weights") == weights for each in kept)
+        same = {(each.get("weights"), each.get("num")) for each in kept} <= {(weights, args.pairs)}
+        return same and f"\n| whole | {whole.label} | {whole.plan.steps} |" in table
 
     refuse_others(args.out, ("table.md", "error.png", "samples.png"), ours, apart=args.real)
     make_folder(Path(args.out))
@@ -281,8 +279,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--budgets", type=float, nargs="+", default=[5, 7, 10, 15, 20, 30, 50], help="of uncached rows, full passes")
     add("--guidance", type=float, help="of the prompts; two passes a step unless 1 (default: what suits the network)")
     add("--prompts", metavar="FILE", help="a prompt a line (default: the network's examples)")
-    add("--like", default="ddim-100", metavar="SAMPLER-STEPS", help="the steps that are cached (default: ddim-100)")
-    add("--ancestral", dest="like", type="ddpm-{}".format, metavar="STEPS", help="the same as --like ddpm-STEPS")
+    like = parser.add_mutually_exclusive_group().add_argument
+    like("--like", default="ddim-100", metavar="SAMPLER-STEPS", help="the steps that are cached (default: ddim-100)")
+    like("--ancestral", dest="like", type="ddpm-{}".format, metavar="STEPS", help="the same as --like ddpm-STEPS")
     add("--spacing", help="of the steps that are cached (default: the sampler's)")
     add("--eta", type=float, default=0.0, help="noise of the ddim whose steps are cached, 0 to 1 (default: 0)")
     add("--recipes", help="folder of calibrated recipes (default: those that ship)")

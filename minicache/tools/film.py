@@ -121,12 +121,13 @@ def main(args: argparse.Namespace) -> None:
     if unet.config.adm or unet.config.in_channels not in (1, 3):
         raise ValueError(f"{args.ckpt} draws latents, or other channels than a picture's 1 or 3")
     refuse_unworded(args.ckpt, unet)
-    asked = {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed}
+    weights, asked = fingerprint(unet), {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed}
+    if args.plan:
+        Recipe.load(args.plan).settings(weights)  # is it for this network?
     if args.plan and args.guidance is None and unet.config.context_dim:
         asked["guidance"] = Recipe.load(args.plan).guidance
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     cached = uniform(args.steps, args.interval, args.branch)
-    weights = fingerprint(unet)
     if args.plan:
         best = recipe_from_file(args.plan, guidance=prompts.guidance)
     else:
