@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.files import cache_folder, fetch
+from minicache.files import cache_folder, fetch, lies_in
 from minicache.images import to_tensor
 from minicache.reading import read_whole, understood, unzip
 
@@ -49,7 +48,7 @@ def source(name: str, image_size: int, out: Path | None = None) -> Source:
             raise ValueError(f"image_size={image_size}: CIFAR-10 has 32")
         images, _ = cifar10()
     else:
-        if out and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(name)):
+        if out and lies_in(out, name):
             raise ValueError(f"--out {out} lies in --data {name}: a resumed run would learn from its own previews")
         images = read_images(Path(name), image_size)
 

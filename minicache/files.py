@@ -102,6 +102,11 @@ def locked(path: Path, refusal: str = "", shared: bool = False) -> Iterator[Call
         os.close(handle)
 
 
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is that folder (or file) or below it, wherever links lead."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def digest(path: Path, algorithm: str) -> str:
     """Hex digest of a file; algorithm is one of hashlib's names."""
     hasher = hashlib.new(algorithm)

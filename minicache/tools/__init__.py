@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minicache.files import temporary_for
+from minicache.files import lies_in, temporary_for
 from minicache.reading import read_whole, understood
 from minicache.unet import UNet
 
@@ -178,7 +178,7 @@ def refuse_others(out: str, names: Sequence[str], ours: Callable[[str], bool], a
     """
     if not out:
         raise ValueError("--out '' names no folder")
-    if apart and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(apart)):
+    if apart and lies_in(out, apart):
         raise ValueError(f"--out {out} lies in {apart}, whose pictures are read: nothing is added to them")
     with suppress(ValueError), understood(first := Path(out) / names[0], "ours"):
         if ours(read_whole(first).decode()) and not any((Path(out) / name).is_dir() for name in names):

@@ -9,13 +9,13 @@ python -m minicache convert mine.bin mine.pt --image-size 32 --groups 8 --beta-e
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
 from minicache.checkpoints import fingerprint, locate, read, save
 from minicache.diffusion import VARIANCES, Diffusion
+from minicache.files import lies_in
 from minicache.formats.diffusers import save_diffusers
 from minicache.tools import Parser, make_folder
 
@@ -29,8 +29,7 @@ def main(args: argparse.Namespace) -> None:
     if args.half and args.to != "minicache":
         raise ValueError("--half is for minicache's own format")
     dtype, src = torch.float16 if args.half else torch.float32, locate(args.src)
-    inside = Path(os.path.realpath(args.dst)).is_relative_to(os.path.realpath(src))
-    if args.dst.exists() and (inside or args.dst.samefile(src)):
+    if args.dst.exists() and (lies_in(args.dst, src) or args.dst.samefile(src)):
         raise ValueError(f"{args.dst} is what is converted, or a part of it; choose another name")
     if args.to == "minicache" and (args.dst.is_dir() or args.dst.suffix in (".safetensors", ".npz", ".bin")):
         raise ValueError(f"{args.dst} is a folder, or has the ending of another format; ours is a file, NAME.pt")
