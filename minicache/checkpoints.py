@@ -229,11 +229,10 @@ def fingerprint(unet: UNet) -> str:
     It is computed when asked, so that changed weights have another one; weights rounded by a dtype are changed, too.
     The schedule, and fields of the config that came after the first release, count where they are not at their default.
     """
-    parts = [unet.config, *([unet.diffusion] if unet.diffusion else [])]
-    known = {each.name: (getattr(part, each.name), each.default) for part in parts for each in fields(part)}
-    config = {name: known[name][0] for name in FIRST_FIELDS}
-    later = known.keys() - {*FIRST_FIELDS, "dropout"}
-    config |= {name: known[name][0] for name in later if known[name][0] != known[name][1]}
+    config = {name: getattr(unet.config, name) for name in FIRST_FIELDS}
+    for part in filter(None, (unet.config, unet.diffusion)):
+        later = [each for each in fields(part) if each.name not in (*FIRST_FIELDS, "dropout")]
+        config |= {each.name: value for each in later if (value := getattr(part, each.name)) != each.default}
     hasher = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(unet.state_dict().items()):
         hasher.update(name.encode())

@@ -6,7 +6,8 @@
 SIGKILL comes while a command starts, works, or writes a file. Under torchrun it takes all processes, the launcher alone
 or a rank alone, and those that are left must end by themselves. Then the same line is run again, until it ends by
 itself; and all begins anew, until all kills have come. After a kill, each file must be whole; at the end, what an
-undisturbed run leaves, byte by byte, but for what was measured in seconds. Exit 1 for anything else.
+undisturbed run leaves, byte by byte, but for what was measured in seconds, and the losses in log.csv, whose means begin
+anew at each start. Exit 1 for anything else.
 """
 
 import argparse

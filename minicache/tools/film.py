@@ -123,9 +123,10 @@ def main(args: argparse.Namespace) -> None:
     refuse_unworded(args.ckpt, unet)
     weights, asked = fingerprint(unet), {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed}
     if args.plan:
-        Recipe.load(args.plan).settings(weights)  # is it for this network?
-    if args.plan and args.guidance is None and unet.config.context_dim:
-        asked["guidance"] = Recipe.load(args.plan).guidance
+        plan = Recipe.load(args.plan)
+        plan.settings(weights)  # is it for this network?
+        if args.guidance is None and unet.config.context_dim:
+            asked["guidance"] = plan.guidance
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     cached = uniform(args.steps, args.interval, args.branch)
     if args.plan:
