@@ -237,7 +237,7 @@ def network(settings: Settings, vocabulary: Vocabulary | None) -> UNet:
             knows, has = ("has" if words else "has no" for words in (unet.vocabulary, vocabulary))
             raise ValueError(f"--init {settings.init} {knows} words, and --data {settings.data} {has} captions")
         if config.in_channels != 3 or (config.context_dim and unet.vocabulary is None):
-            raise ValueError(f"--init {settings.init}: need 3 channels, and a context of words or none, not {config}")
+            raise ValueError(f"--init {settings.init}: need 3 channels, and a context of words or none")
         for name, value in shape.items():
             if value not in (getattr(Settings, name), its := getattr(config, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {value} contradicts --init {settings.init}: it has {its}")

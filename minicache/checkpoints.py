@@ -170,7 +170,9 @@ def read_own(
 def agreed(path: Path, own: Any, given: Any) -> Any:
     """What a file says of itself (None: nothing), or else what the caller says; ValueError if they contradict."""
     if own is not None and given not in (None, own):
-        raise ValueError(f"{path} has its own {own}, which is not the one given, {given}")
+        names = [each.name for each in fields(own) if getattr(own, each.name) != getattr(given, each.name)]
+        theirs, ours = (", ".join(f"{name}={getattr(each, name)!r}" for name in names) for each in (own, given))
+        raise ValueError(f"{path} has its own {theirs}, and not the {ours} given")
     return given if own is None else own
 
 

@@ -6,7 +6,7 @@ D and U -> UNetConfig -> UNet. Shapes: B images, C channels, H x W pixels, N = H
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -170,26 +170,26 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("channel_mult", "attention_resolutions"):  # lists from JSON become tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        sizes = (self.image_size, self.model_channels, self.num_res_blocks, self.in_channels, self.groups, self.heads,
-                 *(self.channel_mult or [0]), *self.attention_resolutions, self.context_dim or 1, self.num_tokens or 1,
-                 self.out_channels, self.null_token or 1)  # fmt: skip
-        if any(type(size) is not int or not 1 <= size <= 2**16 for size in sizes) or len(self.channel_mult) > 16:
-            raise ValueError(f"sizes, groups and heads must be whole numbers in 1..65536, levels 16 at most: {self}")
-        sides = [self.image_size / 2**level for level in range(len(self.channel_mult))]
-        C, multiple = self.model_channels, math.lcm(2, self.groups, self.heads)
+        for field, value in zip(fields(self), vars(self).values()):
+            sizes = value if isinstance(value, tuple) else [value] if "int" in field.type else []
+            if value is not field.default and any(type(n) is not int or not 1 <= n <= 2**16 for n in sizes):
+                raise ValueError(f"{field.name}={value!r}: need whole numbers in 1..65536")
+        C, mult, multiple = self.model_channels, self.channel_mult, math.lcm(2, self.groups, self.heads)
+        sides, widest = [self.image_size / 2**level for level in range(len(mult))], C * max(mult, default=0)
         for fine, rule in (
-            (max(self.image_size, C * max(self.channel_mult)) <= 2**13, "image_size and widths must be 8192 at most"),
-            (self.num_res_blocks <= 32, "num_res_blocks must be 32 at most"),
+            (1 <= len(mult) <= 16 and self.num_res_blocks <= 32, "channel_mult must be 1 to 16, num_res_blocks <= 32"),
+            (self.image_size <= 2**13 >= widest, "image_size, model_channels * channel_mult must be 8192 at most"),
             (C >= 4 and C % multiple == 0, "model_channels must be a multiple of 2, groups and heads, and at least 4"),
-            (sides[-1] % 1 == 0, "image_size must be even at every level but the last"),
-            (set(self.attention_resolutions) <= set(sides), "attention_resolutions must be sides of levels"),
+            (sides and sides[-1] % 1 == 0, "image_size must be even at every level of channel_mult but the last"),
+            (set(self.attention_resolutions) <= set(sides), "attention_resolutions must be image_size / 2**level"),
             (self.out_channels == self.in_channels, "out_channels must equal in_channels"),
             (type(self.dropout) in (int, float) and 0 <= self.dropout < 1, "dropout must be a number in [0, 1)"),
-            (self.context_dim or not (self.num_tokens or self.pooled_context), "a context needs its context_dim"),
-            (self.null_token in range(self.num_tokens or 1), "null_token must be one of the num_tokens"),
+            (type(self.adm) is type(self.pooled_context) is bool, "adm and pooled_context must be True or False"),
+            (self.context_dim or not (self.num_tokens or self.pooled_context), "context_dim is missing for a context"),
+            (self.null_token in range(self.num_tokens or 1), "null_token must be below num_tokens, or 0"),
         ):
             if not fine:
-                raise ValueError(f"{rule}: {self}")
+                raise ValueError(f"{', '.join(f'{k}={v!r}' for k, v in vars(self).items() if k in rule)}: {rule}")
 
     @property
     def norm_eps(self) -> float:

@@ -19,14 +19,16 @@ from minicache.unet import ResBlock, Transformer
         ({"channel_mult": ()}, "channel_mult"),
         ({"channel_mult": (1, 1.5)}, "channel_mult"),
         ({"num_res_blocks": 0}, "num_res_blocks=0"),
-        ({"num_res_blocks": 33}, "num_res_blocks must be 32 at most"),
-        ({"channel_mult": (1, 257)}, "widths must be 8192 at most"),
-        ({"channel_mult": (1,) * 17}, "levels 16 at most"),
+        ({"num_res_blocks": 33}, "num_res_blocks=33: .* num_res_blocks <= 32"),
+        ({"channel_mult": (1, 257)}, r"channel_mult=\(1, 257\): .* 8192 at most"),
+        ({"channel_mult": (1,) * 17}, "channel_mult must be 1 to 16"),
         ({"out_channels": 6}, "out_channels=6"),
         ({"out_channels": 3.0}, "out_channels=3.0"),
         ({"null_token": 1.0, "num_tokens": 3, "context_dim": 8}, "null_token=1.0"),
         ({"attention_resolutions": np.array([16])}, "whole numbers"),
-        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": 1.0}, "^dropout=1.0: dropout must be a number in"),  # of the other fields, no word
+        ({"adm": 1}, "adm=1: adm and pooled_context must be True or False"),
+        ({"heads": True}, "heads=True: need whole numbers"),
         ({"dropout": np.float64(0.1)}, "dropout must be a number"),  # which no checkpoint could be read with
     ],
 )

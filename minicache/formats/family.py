@@ -80,7 +80,7 @@ class Dialect:
         names |= {"D.0": self.conv_in, "norm_out": self.norm_out, "conv_out": self.conv_out}
         inner = self.transformer if config.context_dim else self.attention
         if inner is None or config.pooled_context:
-            raise ValueError(f"files of this kind have no such attention, and so no names for {config}")
+            raise ValueError("files of this kind have no such attention, and so no names for it")
 
         def add_block(ours: str, block: str, attn: str) -> None:
             names.update({f"{ours}.{leaf}": f"{block}.{self.leaves.get(leaf, leaf)}" for leaf in RESBLOCK})
