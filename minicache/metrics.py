@@ -57,7 +57,7 @@ def moments(parts: Iterable[Tensor]) -> Moments:
         part = part.cpu().double()  # mps has no float64
         count, total, squares = count + len(part), total + part.sum(0), squares + part.T @ part
     if count < 2:
-        raise ValueError(f"a Frechet distance needs two features at least on each side, not {count}")
+        raise ValueError(f"a Frechet distance needs two images at least on each side, not {count}")
     mean = total / count
     return Moments(count, mean, (squares - count * torch.outer(mean, mean)) / (count - 1))
 

@@ -28,8 +28,10 @@ def understood(name: str | Path, what: str) -> Iterator[None]:
 def read_whole(path: Path) -> bytes:
     """A file's content, of at most LARGEST bytes; ValueError for a larger one, and for a pipe, which may not end."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
-        raise ValueError(f"{path} is no file of at most {LARGEST:,} bytes")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no file, but a folder, a pipe or a device")
+    if status.st_size > LARGEST:
+        raise ValueError(f"{path} has {status.st_size:,} bytes, and must have {LARGEST:,} at most")
     return path.read_bytes()
 
 

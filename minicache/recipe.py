@@ -71,7 +71,8 @@ def recipes_in(folder: str | Path, fingerprint: str | None, start: int | None = 
     """The recipes (*.json) in a folder for weights of this fingerprint (or for any), and for this start."""
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder} of recipes")
-    found = [Recipe.load(path) for path in sorted(Path(folder).glob("*.json"))]
+    paths = sorted(Path(folder).iterdir())  # glob would find nothing where it may not look
+    found = [Recipe.load(path) for path in paths if path.suffix == ".json"]
     return [recipe for recipe in found if recipe.fingerprint in (None, fingerprint) and recipe.start == start]
 
 

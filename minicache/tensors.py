@@ -76,6 +76,8 @@ def _load_pickle(path: Path) -> Any:
     with open(path, "rb") as file:
         if not mapped and file.read(1) != b"\x80":  # torch would advise to load it unsafely
             raise ValueError("it is neither a whole zip nor a pickle")
+    if mapped and not any(name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()):
+        raise ValueError("it is a zip of other files")
     names = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])  # torch >= 2.6
     others = [(Inert, name) for name in (names(path) if mapped else []) if name.startswith(LIGHTNING)]
     if not others:

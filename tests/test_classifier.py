@@ -44,12 +44,14 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path):
     out = tmp_path / "c.pt"
     cats = folders(tmp_path / "cats", cat=2, dog=2)
     ants = folders(tmp_path / "ants", ant=1, cat=1)
+    one = folders(tmp_path / "one", cat=4)
     eleven = folders(tmp_path / "eleven", **{f"c{k}": 1 for k in range(11)})
     for data, test, more, words in (
         (cats, cats, ["--lr", "nan"], "--lr nan"),
         (cats, cats, ["--lr", "-1"], "--lr -1"),
         (cats, cats, ["--batch-size", "5"], "--batch-size 5 .* 4 images"),
         (eleven, eleven, [], "11 classes.* 10"),
+        (one, one, [], "has 1 classes.* 2 to 10"),
         (cats, ants, [], "cat, dog.* ant, cat"),
         (cats, cats, ["--lr", "1e30"], "smaller --lr"),
         (cats, cats, ["--epochs", "1000000000000000000000"], "--epochs 1000000000000000000000 must be"),

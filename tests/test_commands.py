@@ -110,6 +110,16 @@ def test_debug_shows_tracebacks(monkeypatch):
     assert "MINICACHE_DEBUG=1" in parser.format_help()
 
 
+def test_what_is_empty_names_nothing(capsys):
+    parser = Parser(prog="x")
+    parser.add_argument("--real")
+    parser.add_argument("--negative")
+    assert parser.parse_args(["--negative", ""]).negative == ""
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--real", ""])
+    assert "x: the argument real is empty; " in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--help"]])

@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, noise, random_unet
 
 from minicache import CachePlan, Diffusion, Recipe, denoise, sample, uncached, uniform
-from minicache.checkpoints import fingerprint, save
+from minicache.checkpoints import embedded_folder, fingerprint, save
 from minicache.cost import macs, pass_seconds
 from minicache.fit import FINEST, forecast
 from minicache.images import save_png, to_uint8
@@ -277,6 +277,8 @@ def test_a_smaller_network_has_a_row_with_its_own_cost_and_distance(net32, real,
 def test_a_smaller_network_must_draw_the_same_kind_of_picture(net, net32):
     with pytest.raises(ValueError, match=f"--smaller {net32} has another image_size than --ckpt: 32, not 16"):
         run("--ckpt", net, "--smaller", net32)
+    with pytest.raises(ValueError, match=r"takes 0\.\d\d GMACs a pass, not fewer than --ckpt, 0\.\d\d"):
+        run("--ckpt", net, "--smaller", net)
 
 
 def test_prompts_and_guidance(worded, tmp_path, few):
@@ -439,7 +441,7 @@ def test_ancestral_plans(net, tmp_path, few):
             "--only no-. fits no row; there are whole, deepcache-n2-b3",
         ),
         (["--fid"], "give --real"),
-        (["--budgets", "5", "--like", "ddim-5", "--out", ""], "--out '' names no folder"),
+        (["--recipes", "WEIGHTS"], "--recipes .*recipes holds no recipe for .*, the weights "),
         (["--real", "REAL", "--num", "5"], "--num 5 must be at least 32"),
         (["--real", "SMALL"], "images of .*16, 16, 3.*; need .32, 32, 3"),
         (["--ancestral", "0"], "steps=0 must be a whole number of at least 1"),
@@ -460,7 +462,8 @@ def test_ancestral_plans(net, tmp_path, few):
 def test_bad_input_is_refused_before_anything_is_drawn_or_written(net32, real, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(Task, "images", lambda *_: pytest.fail("drawn"))
     np.savez(tmp_path / "small.npz", arr_0=to_uint8(noise(4, 3, 16, 16)))
-    flags = [{"REAL": real, "SMALL": tmp_path / "small.npz"}.get(flag, flag) for flag in flags]
+    paths = {"REAL": real, "SMALL": tmp_path / "small.npz", "WEIGHTS": embedded_folder() / "recipes"}
+    flags = [paths.get(flag, flag) for flag in flags]
     with pytest.raises(ValueError, match=words):
         run("--ckpt", net32, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()

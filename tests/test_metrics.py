@@ -43,7 +43,7 @@ def test_frechet_distance_of_correlated_features():
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(A + B) - 2 * np.sqrt(values.clip(0)).sum()
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
-    with pytest.raises(ValueError, match="two features at least"):
+    with pytest.raises(ValueError, match="two images at least"):
         frechet_distance(a, b[:1])
 
 

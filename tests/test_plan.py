@@ -81,6 +81,23 @@ def test_a_folder_of_recipes_is_asked_for_those_that_fit(tmp_path):
         recipe.save(tmp_path / f"{k}.json")
     assert recipes_in(tmp_path, "abc") == [recipes[0], recipes[2]]
     assert recipes_in(tmp_path, "abc", start=500) == [recipes[1], recipes[3]]
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere of recipes"):
+        recipes_in(tmp_path / "nowhere", "abc")
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)  # as root, who runs many a test, may read all
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(PermissionError):
+        recipes_in(tmp_path, "abc")
+
+
+def test_a_recipe_is_a_file(tmp_path):
+    with pytest.raises(ValueError, match="is no file, but a folder"):
+        Recipe.load(tmp_path)
 
 
 def test_recipe_round_trip(tmp_path):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -139,12 +140,16 @@ def test_files_that_are_no_checkpoints(tmp_path, unet):
             read(tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)
         assert ("neither a whole zip nor a pickle" in str(error.value)) != (name in ("pickle", "code"))
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("a.png", cases["png"])
+    refused(tmp_path / "pictures.zip", "it is a zip of other files")
     for name, value, words in (
         ("list", [content["state_dict"], {}, 3, 4, {}], "holds a list"),
         ("numbers", {"a": 1, "b": 2.0}, "holds float, int"),
         ("nothing", {}, "holds nothing"),
         ("parallel", {"module.conv_in.weight": torch.zeros(1)}, "module."),
         ("other", {"layer.weight": torch.zeros(1)}, "not a network of this kind"),
+        ("bare", unet.state_dict(), "of minicache's own, but not its shape: use checkpoints.save"),
         ("version", {"config": {"depth": 3}, "diffusion": {}, "state_dict": {}}, "depth"),
         ("values", {**content, "config": {**content["config"], "model_channels": 33}}, "model_channels=33"),
     ):

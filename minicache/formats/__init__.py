@@ -50,6 +50,8 @@ def read(
         theirs = family.tensors(content, raw) if family else content
     refuse_other_things(path, theirs)
     if family is None:
+        if "time.linear1.weight" in theirs:
+            raise ValueError(f"{path} holds a state dict of minicache's own, but not its shape: use checkpoints.save")
         raise ValueError(f"{path} is not a network of this kind: no known family calls a tensor {next(iter(theirs))}")
     own_config, own_diffusion = family.told(path, content)
     refuse_idle(path, raw=None if family.averages else raw or None)

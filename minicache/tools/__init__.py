@@ -42,6 +42,13 @@ class Parser(argparse.ArgumentParser):
         what = "show where an error comes from, as MINICACHE_DEBUG=1 in the environment does"
         self.add_argument("--debug", action=Debug, nargs=0, default=argparse.SUPPRESS, help=what)
 
+    def parse_args(self, *args: Any, **more: Any) -> argparse.Namespace:
+        """As argparse, but '' is refused: a variable of the shell that is not set. A prompt alone may be empty."""
+        parsed = super().parse_args(*args, **more)
+        if empty := [name for name, value in vars(parsed).items() if value == "" and name != "negative"]:
+            self.error(f"the argument {empty[0]} is empty")
+        return parsed
+
     def print_help(self, file: Any = None) -> None:
         print(self.format_help(), end="", file=file, flush=True)  # argparse misses that the disk is full
 
@@ -176,8 +183,6 @@ def refuse_others(out: str, names: Sequence[str], ours: Callable[[str], bool], a
     ours: whether the text of the first file is that of an earlier run. apart: a folder of pictures that is read, and in
     which --out may not lie. To be called before the work.
     """
-    if not out:
-        raise ValueError("--out '' names no folder")
     if apart and lies_in(out, apart):
         raise ValueError(f"--out {out} lies in {apart}, whose pictures are read: nothing is added to them")
     with suppress(ValueError), understood(first := Path(out) / names[0], "ours"):

@@ -136,8 +136,8 @@ def checked_data(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tens
         raise ValueError(f"--lr {args.lr:g} must be positive and finite")
     images, labels, names = labelled(args.data, "train")
     test_images, test_labels, test_names = labelled(args.test, "test")
-    if len(names) > CLASSES:
-        raise ValueError(f"--data {args.data} has {len(names)} classes; the classifier tells {CLASSES} apart at most")
+    if not 2 <= len(names) <= CLASSES:
+        raise ValueError(f"--data {args.data} has {len(names)} classes; the classifier tells 2 to {CLASSES} apart")
     if names != test_names:
         raise ValueError(f"--data has the classes {', '.join(names)}, and --test {', '.join(test_names)}")
     if args.batch_size > len(images):

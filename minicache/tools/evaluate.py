@@ -202,6 +202,8 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     whole = whole_run(task, args.like, args.spacing, args.eta)
     other = smaller(task, whole, args.smaller, placement) if args.smaller else {}
     recipes = recipes_in(args.recipes or embedded_folder() / "recipes", weights)
+    if args.recipes and not recipes:
+        raise ValueError(f"--recipes {args.recipes} holds no recipe for {args.ckpt}, the weights {weights}")
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": str(placement.dtype).removeprefix("torch.")}
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from minicache.checkpoints import fingerprint, load
+from minicache.cost import plan_macs
 from minicache.fit import forecast
 from minicache.placement import Placement, place
 from minicache.plan import CachePlan, PlanCache, uncached, uniform
@@ -118,6 +119,9 @@ def smaller(task: Task, whole: Recipe, ckpt: str, placement: Placement) -> dict[
         theirs, ours = (getattr(each if name == "vocabulary" else each.config, name) for each in (unet, task.unet))
         if theirs != ours:
             raise ValueError(f"--smaller {ckpt} has another {name} than --ckpt: {theirs}, not {ours}")
+    theirs, ours = (plan_macs(each, uncached(1)) / 1e9 for each in (unet, task.unet))
+    if theirs >= ours:
+        raise ValueError(f"--smaller {ckpt} takes {theirs:.2f} GMACs a pass, not fewer than --ckpt, {ours:.2f}")
     other = Task(place(unet, placement), fingerprint(unet), task.prompts)
     recipe = other.recipe(whole.plan, whole.sampler, spacing=whole.spacing, eta=whole.eta)
     return {"smaller": {f"smaller-{name_of(recipe)}": Method(recipe, task=other)}}
