@@ -174,6 +174,7 @@ def disturbed(line: str, writing: str, part: float, place: Path, most: int, chan
             kills, kinds = kills + 1, kinds + Counter([when, whom])
             cut = [n for n, path in files(out).items() if path.name[0] != "." and not whole(path, right / n)]
             wrong += [f"kill {kills} ({when}, {whom}): {name} is not whole" for name in cut]
+            (out / "recipe.json").unlink(missing_ok=True)  # as it would not be replaced
             wrong += [f"kill {kills} ({when}, {whom}): {left} processes live on for {PATIENCE} s"] * bool(left)
             starts, run = starts + 1, Run(line, out)
         found, there, expected = run.failure(), files(out), files(right)

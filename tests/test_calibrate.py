@@ -92,14 +92,15 @@ def test_several_budgets_into_a_folder_and_a_cache(net, tmp_path, capsys, monkey
     assert "| fitted | 5 full, " in capsys.readouterr().out  # the cached one is in the table, chosen or not
 
 
-def test_a_recipe_for_another_network_is_not_replaced(net, tmp_path):
+def test_what_is_there_is_not_replaced(net, tmp_path):
+    """Not even by another recipe of the same cost: the first that a search finds is worse than the last."""
     (tmp_path / "net-4.json").write_text("mine")
-    Recipe(uncached(3), fingerprint="another").save(tmp_path / "net-3.json")
+    Recipe(uncached(3), fingerprint=fingerprint(load(net))).save(tmp_path / "net-3.json")
     before = [path.read_text() for path in sorted(tmp_path.iterdir())]
-    for budgets, words in (((3,), "for another network"), ((4,), "not a recipe"), ((6, 6.0000001), "one name in")):
+    for budgets, words in (((3,), "net-3.json exists"), ((5, 4), "net-4.json exists"), ((6, 6.0000001), "one name in")):
         with pytest.raises(ValueError, match=words):
             run("--ckpt", net, "--budget", *budgets, "--out", tmp_path)
-    with pytest.raises(ValueError, match="for another network"):
+    with pytest.raises(ValueError, match=r"net-3\.json exists"):
         run("--ckpt", net, "--budget", 3, "--out", tmp_path / "net-3.json")
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == before
 

@@ -410,6 +410,18 @@ def test_files_of_others_stay(net, tmp_path, few):
         (tmp_path / name).unlink()
     run(*flags)
     run(*flags)  # over its own
+    damaged = next((tmp_path / "pairs").iterdir())
+    damaged.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{damaged.name} exists, and nothing tells how it was made"):
+        run(*flags)
+
+
+def test_a_name_with_dollars_is_no_mathematics(net, tmp_path, few):
+    pytest.importorskip("matplotlib")
+    net.rename(tmp_path / "a$b_$c.pt")
+    flags = ["--like", "ddim-8", "--budgets", 5, "--pairs", 2, "--only", "linear-*", "--out", tmp_path / "out"]
+    run("--ckpt", tmp_path / "a$b_$c.pt", *flags)
+    assert (tmp_path / "out" / "error.png").exists()
 
 
 def test_what_is_not_chosen_is_not_searched(net, tmp_path, few, monkeypatch):

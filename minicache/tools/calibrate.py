@@ -1,13 +1,14 @@
 """Fit a sampler to a network: the nearest images to uncached sampling's limit, for a given cost.
 
     python -m minicache calibrate --ckpt tiny_cifar10 --budget 10 --out recipe.json
-    python -m minicache calibrate --ckpt emoji --guidance 3 --budget 20 --prompts FILE --out recipe.json
+    python -m minicache calibrate --ckpt emoji --guidance 3 --budget 10 20 30 --prompts FILE    # into recipes
     python sample.py --plan recipe.json
 
 1. Fit (minicache/fit.py) the weights and the timesteps of uncached steps, on 8 seeds, from the best of a few spacings.
 2. The same with a cache: one full step less, and for its price partial steps between the others, with alphas.
 3. Check both, and the samplers that need no fit, on other seeds: the best there is what is saved. The table that is
    printed is on seeds held out from all of this.
+A search that is interrupted leaves the best so far.
 With --steps, the sampler and its steps are fixed, and only a cache is fitted: the reference is then the uncached run of
 the same steps and the same noise. That is for those who must have one sampler's pictures, and for ancestral sampling.
 """
@@ -190,8 +191,8 @@ def main(args: argparse.Namespace) -> None:
     outs = [out if out.suffix else out / f"{stem}-{budget:g}.json" for budget in args.budget]
     for each in (out, *outs):
         prepare_out(each, (".json",))
-        if each.is_file() and Recipe.load(each).fingerprint != weights:
-            raise ValueError(f"{each} is a recipe for another network; choose another --out")
+    if there := [each for each in outs if each.exists()]:  # perhaps better than the first that would be saved
+        raise ValueError(f"{there[0]} exists, and may be the work of hours; choose another --out, or remove it")
     if len({*outs}) < len(outs):
         raise ValueError(f"two of --budget {args.budget} would have one name in {out}")
 
@@ -219,5 +220,5 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="be like uncached sampling with so many steps of --sampler")
     add("--sampler", choices=SAMPLERS, help="with --steps")
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda or mps where there is one, else cpu")
-    add("--out", default="recipe.json", help="a .json; or a folder, for one <ckpt>-<budget>.json a budget")
+    add("--out", default="recipes", help="a .json; or a folder (default: recipes), for a <ckpt>-<budget>.json a budget")
     return parser.parse_args(argv)

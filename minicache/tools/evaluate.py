@@ -175,7 +175,7 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
         if row["method"] == FLOOR:
             axes[0].axhline(row["error"], color="0.6", linewidth=1, label="the reference's floor")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(title.replace("$", r"\$"))  # between two, it would be mathematics
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -207,12 +207,11 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": str(placement.dtype).removeprefix("torch.")}
 
-    def ours(table: str) -> bool:  # of the same network, --like and --pairs
-        kept = [packed_manifest(path) for path in (Path(args.out) / "pairs").glob("*.npz")]
-        same = {(each.get("weights"), each.get("num")) for each in kept} <= {(weights, args.pairs)}
-        return same and f"\n| whole | {whole.label} | {whole.plan.steps} |" in table
-
-    refuse_others(args.out, ("table.md", "error.png", "samples.png"), ours, apart=args.real)
+    kept = [packed_manifest(path) for path in (Path(args.out) / "pairs").glob("*.npz")]
+    same = {(each.get("weights"), each.get("num")) for each in kept} <= {(weights, args.pairs)}
+    line = f"\n| whole | {whole.label} | {whole.plan.steps} |"
+    ours = ("table.md", "error.png", "samples.png")
+    refuse_others(args.out, ours, lambda table: same and line in table, apart=args.real)
     make_folder(Path(args.out))
     return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
 

@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     stage = prepared(args.ckpt, args.prompt, num, args.steps)
     data = {"about": conditions(args.ckpt, stage, args.steps), **explore(stage, args.steps)}
-    script = json.dumps(data).replace("</", "<\\/")  # a prompt cannot end the script
+    script = json.dumps(data).replace("<", "\\u003c")  # a prompt cannot end the script, or begin another
     with replacing(out) as temporary:
         temporary.write_text(template.replace("/*DATA*/", script), encoding="utf-8")
     print(f"{out}: {len(data['plans'])} plans, {len(data['rivals'])} rivals, {out.stat().st_size / 1e6:.1f} MB")

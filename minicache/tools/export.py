@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,11 +25,11 @@ from torch.export import Dim, ExportedProgram
 
 from minicache.checkpoints import REGISTRY, fingerprint, load, shape_of
 from minicache.files import replacing
-from minicache.tools import Parser, make_folder, refuse_others
+from minicache.tools import Parser, make_folder
 from minicache.unet import UNet
 
 FORMATS = ("onnx", "pt2")
-TOLD = {"full", "partial", "shape", "branch", "fingerprint", "alphas_bar"}  # in network.json
+OURS = ("network.json", "full.*", "partial_b*.*", "example.py")  # of any format and branch
 
 
 class Graph(nn.Module):
@@ -92,7 +91,8 @@ def main(args: argparse.Namespace) -> None:
         refuse_context(shape_of(args.ckpt))  # before it is downloaded
     graphs = {"full": f"full.{ending}", "partial": f"partial_b{args.branch}.{ending}"}
     names = ["network.json", *graphs.values(), *["example.py"] * (ending == "onnx")]
-    refuse_others(args.out, names, lambda text: {*json.loads(text)} == TOLD)
+    if there := [each.name for pattern in OURS for each in out.glob(pattern)]:  # the graphs of one branch fit together
+        raise ValueError(f"{out / there[0]} exists; choose another --out, or remove it")
     unet = load(args.ckpt, memory_format="contiguous")
     size = unet.config.image_size
     unet.cached_shape(args.branch, size, size)  # a branch that is not there is said now
@@ -114,7 +114,6 @@ def main(args: argparse.Namespace) -> None:
         if ending == "onnx":
             files["example.py"].write_text(Path(__file__).with_name("onnx_example.py").read_text())
         files["network.json"].write_text(json.dumps(network) + "\n")
-        Path(os.path.realpath(out / "network.json")).unlink(missing_ok=True)  # an older one, before its graphs go
     print(f"{out}: {', '.join(names)}")
 
 
