@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -41,6 +42,8 @@ from minicache.tools.log import claim, log
 from minicache.unet import UNet, UNetConfig
 from minicache.words import Vocabulary
 
+SHAPE = UNetConfig(32, 64, (1, 1, 1, 1), attention_resolutions=(8,), context_dim=128, heads=4, pooled_context=True)
+WORDLESS = {"context_dim": None, "heads": 1, "pooled_context": False}  # of the shape where there are no captions
 BETA_END = 0.0075  # less noisy at the end than Ho et al.'s 0.02: weights/README.md says why
 WARMUP = 500  # steps until the learning rate is at its peak
 BINS = 20  # equal parts of the timesteps; each has a usual loss
@@ -60,16 +63,16 @@ class Settings:
     out: str | None = flag(None, "folder of the checkpoint, the log and the previews (default: runs/<data>)")
     init: str | None = flag(None, "begin with these weights, and their shape, not with random ones", metavar="CKPT")
     resume: bool = flag(False, "continue from <out>/last.pt")
-    image_size: int = flag(32, "pixels a side")
-    model_channels: int = flag(64, "width of the first level, a multiple of --groups; better twice it at least")
-    channel_mult: tuple[int, ...] = flag((1, 1, 1, 1), "width of each level, in model-channels")
-    num_res_blocks: int = flag(2, "blocks of a level on the way down; one more on the way up")
-    groups: int = flag(32, "groups of every GroupNorm")
-    attention_resolutions: tuple[int, ...] = flag((8,), "sides at which blocks attend")
-    dropout: float = flag(0.0, "share of the features that each block drops")
-    context_dim: int = flag(128, "width of a word, where there are captions")
-    heads: int = flag(4, "of attention to words")
-    pooled_context: bool = flag(True, "add the words' sum to the embedding of the timestep")
+    image_size: int | None = flag(None, "pixels a side")
+    model_channels: int | None = flag(None, "width of the first level, a multiple of --groups; better twice that")
+    channel_mult: tuple[int, ...] | None = flag(None, "width of each level, in model-channels")
+    num_res_blocks: int | None = flag(None, "blocks of a level on the way down; one more on the way up")
+    groups: int | None = flag(None, "groups of every GroupNorm")
+    attention_resolutions: tuple[int, ...] | None = flag(None, "sides at which blocks attend")
+    dropout: float | None = flag(None, "share of the features that each block drops")
+    context_dim: int | None = flag(None, "width of a word, where there are captions")
+    heads: int | None = flag(None, "of attention to words")
+    pooled_context: bool | None = flag(None, "add the words' sum to the embedding of the timestep")
     beta_end: float | None = flag(None, f"of the noise; Ho et al.: 0.02 (default: {BETA_END}, or --init's)")
     steps: int = flag(5000, "training steps")
     batch_size: int = flag(32, "images a step")
@@ -92,7 +95,7 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        return Path(self.out or f"runs/{Path(self.data).stem}")
+        return Path(self.out or f"runs/{Path(os.path.abspath(self.data)).stem}")
 
     @property
     def last(self) -> Path:
@@ -122,6 +125,8 @@ def train(training: Training, draw: CaptionedSource, interrupted: list[int]) -> 
     settings, T = training.settings, training.unet.diffusion.num_timesteps
     print(f"steps {training.step}..{settings.steps}, into {settings.folder}", flush=True)
     began, losses, noisy_losses = time.time(), [], []
+    if not settings.last.exists():  # whatever ends the run, it can be resumed
+        training.save()
     steps = range(training.step, settings.steps)
     for step in (bar := tqdm(steps, initial=steps.start, total=steps.stop, unit="step", disable=None)):
         if step and step % settings.preview_every == 0:  # here, as a resumed run may have to begin with it
@@ -187,8 +192,7 @@ class Training:
         norm = torch.stack(torch._foreach_norm(list(self.unet.parameters()))).norm().item()
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before anything is saved or drawn
             told = f"the loss of step {self.step} is {loss}, and the norm of the weights after it {norm}"
-            again = "begin again" + ", or --resume if last.pt is still good" * self.settings.last.exists()
-            raise ValueError(f"{told}; lower --lr, and {again}")
+            raise ValueError(f"{told}; lower --lr, and begin again, or --resume if last.pt is still good")
         return each
 
     def save(self) -> None:
@@ -218,7 +222,8 @@ class Training:
             self.average.load_state_dict(content["state_dict"])
             self.unet.load_state_dict(state["unet"])
             self.optimizer.load_state_dict(state["optimizer"])  # by position, and unchecked
-            fits = all(self.optimizer.state[p]["exp_avg"].shape == p.shape for p in self.unet.parameters())
+            begun = [*self.unet.parameters()] if state["step"] else []  # before the first step, it has no state
+            fits = all(self.optimizer.state[p]["exp_avg"].shape == p.shape for p in begun)
             if not fits or type(state["step"]) is not int or state["step"] < 0:
                 raise ValueError(f"{last} is of another version, or damaged: begin anew, with --init {last}")
             self.step, self.usual = state["step"], [float(state.get("usual", self.usual)[k]) for k in range(BINS)]
@@ -229,22 +234,20 @@ class Training:
 
 def network(settings: Settings, vocabulary: Vocabulary | None) -> UNet:
     """The network to train, in training mode: --init's, with its own vocabulary, or one of random weights."""
-    shape = {each.name: getattr(settings, each.name) for each in fields(UNetConfig) if hasattr(settings, each.name)}
+    said = {name: value for name, value in asdict(settings).items() if name in vars(SHAPE) and value is not None}
     if settings.init:
-        unet = load(settings.init).train()
-        config = unet.config
+        config = (unet := load(settings.init).train()).config
         if (unet.vocabulary is None) != (vocabulary is None):
             knows, has = ("has" if words else "has no" for words in (unet.vocabulary, vocabulary))
             raise ValueError(f"--init {settings.init} {knows} words, and --data {settings.data} {has} captions")
         if config.in_channels != 3 or (config.context_dim and unet.vocabulary is None):
             raise ValueError(f"--init {settings.init}: need 3 channels, and a context of words or none")
-        for name, value in shape.items():
-            if value not in (getattr(Settings, name), its := getattr(config, name)):
+        for name, value in said.items():
+            if value != (its := getattr(config, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {value} contradicts --init {settings.init}: it has {its}")
     else:
-        if not vocabulary:
-            shape |= {"context_dim": None, "heads": 1, "pooled_context": False}
-        unet = UNet(UNetConfig(**shape, num_tokens=vocabulary and 1 + len(vocabulary.words)))
+        rest = {"num_tokens": 1 + len(vocabulary.words)} if vocabulary else WORDLESS
+        unet = UNet(replace(SHAPE, **{**said, **rest}))
         unet.diffusion, unet.vocabulary = Diffusion(beta_end=BETA_END), vocabulary
     if settings.beta_end is not None:
         unet.diffusion = replace(unet.diffusion, beta_end=settings.beta_end)
@@ -274,23 +277,19 @@ def preview(unet: UNet, path: Path) -> None:
     save_png(path, beside(*sheets), 1 if shown else scale)
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="train_tiny.py", doc=__doc__)
-    kinds = {"int": int, "float": float, "float | None": float, "tuple[int, ...]": whole_numbers}
-    kinds["tuple[str, ...]"] = lambda text: tuple(text.split(","))
+    kinds = {"int": int, "float": float, "tuple[int, ...]": integers, "tuple[str, ...]": lambda s: tuple(s.split(","))}
     for each in fields(Settings):
-        about = dict(each.metadata)
-        if each.type == "bool":
-            about["action"] = argparse.BooleanOptionalAction
-        else:
-            about["type"] = kinds.get(each.type, str)
-            if each.default is not None:
-                shown = ",".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
-                about["help"] += f" (default: {shown})"
+        about, kind, usual = dict(each.metadata), each.type.removesuffix(" | None"), each.default
+        if (shown := getattr(SHAPE, each.name, usual)) is not None:
+            shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
+            about["help"] += f" (default: {shown}{', or that of --init' * (usual is None)})"
+        about |= {"action": argparse.BooleanOptionalAction} if kind == "bool" else {"type": kinds.get(kind, str)}
         parser.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, **about)
     return parser.parse_args(argv)
 

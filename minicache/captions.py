@@ -96,6 +96,8 @@ def captioned(folder: str | Path, categories: tuple[str, ...] = CATEGORIES) -> C
     folder = Path(folder)
     if (folder / "captions.csv").is_file():
         return from_csv(folder / "captions.csv")
+    if alike := [file for file in folder.glob("[cC]*") if file.name.lower() == "captions.csv"]:
+        raise ValueError(f"{alike[0]} must be called captions.csv")
     vendors = {path.parent.name: path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/img/*/64")}
     return from_emoji([vendors[name] for name in sorted(vendors)], categories) if vendors else None
 

@@ -249,8 +249,11 @@ def save(path: str | Path, unet: UNet, half: bool = False, training: dict[str, A
     """Write our own format: {"config", "diffusion", "state_dict"}, "vocabulary" where prompts are understood, and
     "training" where a run can resume from it.
 
-    half: store float16 (half the size; computing stays in float32). ValueError for a network without `.diffusion`.
+    half: store float16 (half the size; computing stays in float32). ValueError for a network without `.diffusion`, and
+    for another one than a UNet.
     """
+    if not isinstance(unet.config, UNetConfig):
+        raise ValueError(f"a {type(unet).__name__} could not be read back: torch.save its state_dict, and its config")
     state = {name: tensor.half() if half else tensor for name, tensor in unet.state_dict().items()}
     content = {"config": asdict(unet.config), "diffusion": asdict(diffusion_of(unet)), "state_dict": state}
     if unet.vocabulary is not None:

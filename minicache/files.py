@@ -22,8 +22,11 @@ try:
 except ImportError:  # not on Windows, where processes are not kept apart
     fcntl = None
 
+MACHINE = platform.node()
+with suppress(OSError):  # containers may have one name, and each numbers its processes by itself
+    MACHINE += f"-{os.stat('/proc/self/ns/pid').st_ino}"
 # The name, the machine and the process; writers go by the ending.
-TEMPORARY = re.compile(rf"\.(.+)\.{re.escape(platform.node())}-(\d{{1,9}})\.tmp(\.[^.]+)?")
+TEMPORARY = re.compile(rf"\.(.+)\.{re.escape(MACHINE)}-(\d{{1,9}})\.tmp(\.[^.]+)?")
 
 
 @contextmanager
@@ -38,13 +41,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # writing to an open file does not tell its name
+            error.filename = str(path)
+        raise
     finally:
         remove(temporary)
 
 
 def temporary_for(path: Path) -> Path:
     """Where `replacing` writes what becomes `path`."""
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp{path.suffix}")
+    return path.with_name(f".{path.name}.{MACHINE}-{os.getpid()}.tmp{path.suffix}")
 
 
 @cache  # once is enough, and a folder of many pictures is slow to list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from minicache.reading import LARGEST, unzip
 
 LIGHTNING = ("pytorch_lightning.", "lightning.")
 
@@ -30,8 +33,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no file {path}")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as variables:
-                content = dict(variables)
+            content = _load_arrays(path)
         elif path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -69,6 +71,16 @@ def refuse_odd_tensors(content: Any) -> None:
         elif isinstance(each, dict | list | tuple) and id(each) not in seen:
             seen.add(id(each))  # a list may hold itself
             left.extend(each.values() if isinstance(each, dict) else each)
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz; none is read that is too large for a weight, or of a file that is far smaller than they."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if (total := sum(member.file_size for member in members)) > 2 * path.stat().st_size + LARGEST:
+            raise ValueError(f"it would take {total:,} bytes")
+        contents = ((member.filename.removesuffix(".npy"), io.BytesIO(unzip(archive, member))) for member in members)
+        return {name: np.lib.format.read_array(content, allow_pickle=False) for name, content in contents}
 
 
 def _load_pickle(path: Path) -> Any:

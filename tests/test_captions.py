@@ -57,6 +57,13 @@ def pictures(folder, *names: str):
     return folder / "captions.csv"
 
 
+def test_captions_by_another_name_are_not_overlooked(tmp_path):
+    (tmp_path / "Captions.CSV").write_text("a.png,a cat\n")
+    if not (tmp_path / "captions.csv").exists():  # as on file systems that tell them apart
+        with pytest.raises(ValueError, match=r"Captions\.CSV must be called captions\.csv"):
+            captioned(tmp_path)
+
+
 @pytest.mark.parametrize("header", ["", "File, Caption\n", "\ufefffile,caption\n"])
 def test_a_table_of_captions(tmp_path, header):
     table = pictures(tmp_path, "a.png", "b.png", "c.png")

@@ -1,6 +1,7 @@
 """What all commands share: python -m minicache lists and finds them; errors are one sentence, or a traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 from minicache import __main__ as door
 from minicache import tools
-from minicache.tools import MOST, Parser, at_least, make_folder, markdown, prepare_out, run
+from minicache.tools import MOST, Parser, at_least, interruptions, make_folder, markdown, prepare_out, run
 
 
 def said(capsys, error: BaseException, code: int = 2) -> str:
@@ -141,6 +142,19 @@ def test_nobody_need_listen():
 
 def test_an_interruption_exits_as_the_shell_expects(capsys):
     assert said(capsys, KeyboardInterrupt(), 130) == ""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_what_is_ignored_stays_ignored():
+    """As nohup has it of a terminal that is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptions() as interrupted:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_is_counted_has_bounds():

@@ -20,7 +20,7 @@ from conftest import ROOT
 
 from minicache import files, load
 from minicache.checkpoints import REGISTRY, Entry, locate
-from minicache.files import fetch, locked, replacing
+from minicache.files import MACHINE, fetch, locked, replacing
 
 CONTENT = bytes(range(256)) * 5000
 CHECKSUM = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -225,14 +225,22 @@ def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path
     killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 3
-    living = f".other.npz.{platform.node()}-{os.getppid()}.tmp.npz"
-    others = {".notes.tmp.txt", living, ".x.png.elsewhere-7.tmp.png", f".x.png.{platform.node()}-{2**22 + 1}.tmp.txt"}
+    living, dead = f".other.npz.{MACHINE}-{os.getppid()}.tmp.npz", f"-{2**22 + 1}.tmp"
+    others = {".notes.tmp.txt", living, ".x.png.elsewhere-7.tmp.png", f".x.png.{MACHINE}{dead}.txt"}
+    others |= {f".x.png.{platform.node()}-1{dead}.png"}  # of a container of the same name, where it may well live
     for name in others:
         (tmp_path / name).write_text("mine")
     (tmp_path / ".cache.tmp").mkdir()
     with replacing(tmp_path / "k.npz") as temporary:
         temporary.write_text("new")
     assert {path.name for path in tmp_path.iterdir()} == {*others, ".cache.tmp", "k.npz"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / 'x.txt'}'")):
+        with replacing(tmp_path / "x.txt"), open("/dev/full", "w") as full:
+            full.write("new")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")

@@ -305,6 +305,19 @@ def test_a_shard_of_too_few_images_is_drawn_again(tmp_path):
         assert np.array_equal(arrays["arr_0"], images_of(range(11)))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("out", ["folder", "x.npz"])
+def test_nothing_is_written_through_a_link(tmp_path, out):
+    images = interrupted_set(tmp_path / out)
+    (tmp_path / "precious.txt").write_text("mine")
+    path = images.files(range(4, 8))[0]
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "precious.txt")
+    with pytest.raises(ValueError, match=f"{path.name} is a link"):
+        fill(images, images_of)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("other", [np.zeros((4, 4, 5, 3), np.uint8), np.zeros((4, 4, 4, 3), np.float32)])
 def test_a_shard_of_other_images_is_named_and_all_are_kept(tmp_path, other):
     images = interrupted_set(tmp_path / "x.npz")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import BARE, ROOT, SMALL, foreign, tensorflow
 
-from minicache import CIFAR10, Diffusion, UNet
+from minicache import CIFAR10, Diffusion, UNet, reading, tensors
 from minicache.checkpoints import read, save
 from minicache.formats.compvis import COMPVIS
 from minicache.formats.diffusers import DIFFUSERS, new_attention, save_diffusers
@@ -313,6 +313,17 @@ def test_names_and_betas_of_other_kinds(tmp_path, unet):
     ):
         torch.save(content, tmp_path / "x.ckpt")
         refused(tmp_path / "x.ckpt", words, **({} if "betas" in content else BARE))
+
+
+def test_arrays_that_are_no_weights_are_not_read(tmp_path, monkeypatch):
+    """As pictures, of which a small file may hold many."""
+    pictures = np.zeros((50, 16, 16, 3), np.uint8)
+    np.savez_compressed(tmp_path / "small.npz", arr_0=pictures)
+    np.savez(tmp_path / "large.npz", arr_0=pictures)
+    monkeypatch.setattr(tensors, "LARGEST", 1000)
+    refused(tmp_path / "small.npz", r"it would take 38,\d\d\d bytes")
+    monkeypatch.setattr(reading, "LARGEST", 1000)
+    refused(tmp_path / "large.npz", r"arr_0\.npy is no stored or deflated file of at most 1,000 bytes")
 
 
 def test_arrays_that_are_no_floating_point_numbers(tmp_path, unet):

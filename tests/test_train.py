@@ -105,7 +105,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, dropout
 
     def interrupted(*args):
         if args[-1] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGHUP if with_words else signal.SIGINT)  # a terminal is closed, or Ctrl-C
         return batch(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -183,12 +183,12 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path, monkeypatch):
     def meanwhile(*args):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"out: another run trains there"):
             patch.setattr(train_tiny, "batch", batch)
-            main(out=str(tmp_path / "out"), **{**QUICK, "seed": 1})
+            main(out=str(tmp_path / "out"), resume=True, **QUICK)
         return batch(*args)
 
     monkeypatch.setattr(train_tiny, "batch", meanwhile)
     last = main(out=str(tmp_path / "out"), **{**QUICK, "steps": 1})
-    assert torch.load(last, weights_only=True)["training"]["arguments"]["seed"] == 0
+    assert torch.load(last, weights_only=True)["training"]["step"] == 1
 
 
 def test_a_run_that_ended_while_another_read_its_data_is_not_replaced(tmp_path, monkeypatch):
@@ -237,9 +237,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path,
 
     flags = {**QUICK, "preview_every": 1, "save_every": 2, "steps": 3, "out": str(tmp_path)}
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(Training, "save", killed)
+        patch.setattr(Training, "save", killed)  # before it is first in place
         main(**flags)
-    assert (tmp_path / "preview_000001.png").exists() and not (tmp_path / "last.pt").exists()
+    assert not (tmp_path / "last.pt").exists()
     last = main(**flags)
     last.rename(tmp_path / "kept.pt")
     before = (tmp_path / "log.csv").read_text()
@@ -248,7 +248,24 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path,
     assert (tmp_path / "log.csv").read_text() == before
 
 
+def test_a_run_that_ends_before_its_first_save_can_be_resumed(tmp_path, monkeypatch):
+    def cut(*arguments):
+        if arguments[-1] == 4:
+            raise SystemExit
+        return batch(*arguments)
+
+    whole = weights(main(out=str(tmp_path / "whole"), **QUICK))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_tiny, "batch", cut)
+        main(out=str(tmp_path / "cut"), **QUICK)
+    with pytest.raises(ValueError, match="add --resume to go on with it"):
+        main(out=str(tmp_path / "cut"), **QUICK)
+    resumed = weights(main(out=str(tmp_path / "cut"), resume=True, **QUICK))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
 @pytest.mark.parametrize("change, words", [
+    ({"image_size": 32, "dropout": 0.0}, "--image-size 32 contradicts --init .*net.pt: it has 16"),  # the defaults
     ({"image_size": 64}, "--image-size 64 contradicts --init .*net.pt: it has 16"),
     ({"dropout": 0.5}, r"--dropout 0\.5 contradicts --init"),
 ])  # fmt: skip
@@ -414,7 +431,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 
 def test_init_begins_with_given_weights(tmp_path):
     first = main(out=str(tmp_path / "a"), **QUICK)
-    second = main(out=str(tmp_path / "b"), init=str(first), **{**QUICK, "image_size": 32, "steps": 1, "lr": 1e-12})
+    second = main(out=str(tmp_path / "b"), init=str(first), steps=1, lr=1e-12, batch_size=8, dtype="float32")
     a, b = weights(first), weights(second)
     assert load(second).config.image_size == 16 and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 

@@ -9,6 +9,7 @@ import torch
 from conftest import GOLDEN, noise, official_weight, relative
 
 from minicache import Diffusion, sample, uniform
+from minicache.checkpoints import save
 from minicache.cost import cache_bytes, macs, pass_cost, plan_macs
 from minicache.uvit import UViT, UViTConfig
 
@@ -142,6 +143,12 @@ def test_what_does_not_fit_is_refused(uvit):
             uvit.forward_partial(*given)
     with pytest.raises(ValueError, match="is not what"):
         UViT(UViTConfig(8, 4, 32, 1, 4))(x, 0, CLASSES)
+
+
+def test_it_is_not_saved_as_what_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match="a UViT could not be read back"):
+        save(tmp_path / "x.pt", UViT(SMALL))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -98,14 +98,18 @@ def drop_output() -> None:
 
 @contextmanager
 def interruptions() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once."""
+    """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once.
+
+    So do SIGTERM, and SIGHUP, as a terminal that is closed sends it; but not what is ignored, as by nohup.
+    """
     interrupted: list[int] = []
 
     def note(number: int, frame: object) -> None:
         interrupted.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield interrupted
     finally:
