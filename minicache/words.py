@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ LONGEST = 1 << 24  # bytes of a file of prompts
 
 
 def words_in(caption: str) -> list[str]:
-    """Lower-case words of letters, each once, in the order of their first occurrence: "Red, red rose" -> red, rose."""
-    return list(dict.fromkeys(re.findall(r"[a-z]+", caption.lower())))
+    """Lower-case words of the letters a to z, without accents, each once, in the order of their first occurrence:
+    "Red, red rosé" -> red, rose."""
+    parts = unicodedata.normalize("NFD", caption.casefold())  # an accent is a part of its own
+    return list(dict.fromkeys(re.findall(r"[a-z]+", "".join(c for c in parts if not unicodedata.combining(c)))))
 
 
 @dataclass(frozen=True)
