@@ -219,6 +219,8 @@ class Training:
             for name, value in there.items():
                 if (now := here.get(name)) != value:
                     raise ValueError(f"{last} was trained with {name}={value!r}, not {now!r}: use the same flags")
+            if state["step"] > self.settings.steps:
+                raise ValueError(f"{last} has taken {state['step']} steps, more than --steps {self.settings.steps}")
             self.average.load_state_dict(content["state_dict"])
             self.unet.load_state_dict(state["unet"])
             self.optimizer.load_state_dict(state["optimizer"])  # by position, and unchecked

@@ -248,6 +248,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path,
     assert (tmp_path / "log.csv").read_text() == before
 
 
+def test_what_has_gone_further_is_not_called_done(tmp_path):
+    main(out=str(tmp_path), **{**QUICK, "steps": 2})
+    main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 2})
+    with pytest.raises(ValueError, match=r"last\.pt has taken 2 steps, more than --steps 1"):
+        main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 1})
+
+
 def test_a_run_that_ends_before_its_first_save_can_be_resumed(tmp_path, monkeypatch):
     def cut(*arguments):
         if arguments[-1] == 4:
