@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from minicache.captions import CATEGORIES, captioned
 from minicache.checkpoints import load, read_file, save
-from minicache.data import CaptionedSource, batch, source, wordless
+from minicache.data import BUILT_IN, CaptionedSource, batch, source, wordless
 from minicache.diffusion import Diffusion
 from minicache.files import locked
 from minicache.images import beside, enlargement, grid, labelled, save_png, to_uint8
@@ -105,7 +105,7 @@ class Settings:
 def main(**flags: Any) -> Path:
     """Train with these `Settings`; the path of the checkpoint: averaged weights, and what a resumed run needs."""
     settings = Settings(**flags)
-    words = captioned(settings.data, settings.categories)
+    words = None if settings.data in BUILT_IN else captioned(settings.data, settings.categories)
     training = Training(settings, words and words.vocabulary())
     unet, size = training.unet, training.unet.config.image_size
     draw = words.source(unet.vocabulary, size) if words else wordless(source(settings.data, size, settings.folder))

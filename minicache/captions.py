@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from minicache.data import CaptionedSource, decode
+from minicache.data import CaptionedSource, all_files, decode
 from minicache.images import to_tensor
 from minicache.reading import read_whole, understood
 from minicache.words import Vocabulary, words_in
@@ -87,7 +87,7 @@ class Captioned:
 
 
 def captioned(folder: str | Path, categories: tuple[str, ...] = CATEGORIES) -> Captioned | None:
-    """The pictures with words in a folder; None where there are no words.
+    """The pictures with words in a folder; None where there are no words, as in a zip.
 
     folder: holds a captions.csv, or, one or two levels down, the unpacked npm packages emoji-datasource-google and
     emoji-datasource-twitter (one of them, or others of their kind, will do). categories: those of the emoji to take.
@@ -96,10 +96,14 @@ def captioned(folder: str | Path, categories: tuple[str, ...] = CATEGORIES) -> C
     folder = Path(folder)
     if (folder / "captions.csv").is_file():
         return from_csv(folder / "captions.csv")
-    if alike := [file for file in folder.glob("[cC]*") if file.name.lower() == "captions.csv"]:
-        raise ValueError(f"{alike[0]} must be called captions.csv")
     vendors = {path.parent.name: path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/img/*/64")}
-    return from_emoji([vendors[name] for name in sorted(vendors)], categories) if vendors else None
+    if vendors:
+        return from_emoji([vendors[name] for name in sorted(vendors)], categories)
+    files = all_files(folder) if folder.exists() else []
+    if found := [name for name, _ in files if Path(name).name.lower() == "captions.csv"]:
+        what = "captions are those of a file captions.csv in the folder itself, which is no zip"
+        raise ValueError(f"{folder}: {found[0]} would be overlooked; {what}")
+    return None
 
 
 def from_csv(path: Path) -> Captioned:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import math
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from mimetypes import guess_type
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # no pi
 CIFAR10_CHECKSUM = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # of images, whatever their names; for EPS Pillow would run a program
+BUILT_IN = ("shapes", "cifar10")  # names of sources; a folder of such a name is ./shapes
 MOST_PIXELS = 1 << 26  # of an image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -41,6 +44,8 @@ def source(name: str, image_size: int, out: Path | None = None) -> Source:
     Images from files are flipped left to right with probability 1/2. Raises ValueError where there are none, and where
     the folder that is written to, `out`, lies among them.
     """
+    if name in BUILT_IN and Path(name).is_dir():
+        warnings.warn(f"{name} is a built-in source; the folder of that name is ./{name}", stacklevel=2)
     if name == "shapes":
         return lambda n, generator: shapes(n, image_size, generator)
     if name == "cifar10":
@@ -105,17 +110,26 @@ def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
     return read_images(Path(name), 32), torch.tensor([names.index(each) for each in classes]), names
 
 
-def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
-    """Name and content of every image in a folder (and below) or a zip, in the order of the names."""
+def all_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
+    """Name and content of all that is in a folder (and below) or a zip, in the order of the names."""
     if path.is_dir():
-        return [(str(file), partial(read_whole, file)) for file in sorted(path.rglob("*")) if is_image(file.name)]
+        return [(str(file), partial(read_whole, file)) for file in sorted(path.rglob("*"))]
     if path.is_file() and zipfile.is_zipfile(path):
         with understood(path, "a zip that can be read"):
             archive = zipfile.ZipFile(path)
-        members = [member for member in archive.infolist() if is_image(member.filename.rpartition("/")[2])]
-        members.sort(key=lambda member: member.filename)
+        members = sorted(archive.infolist(), key=lambda member: member.filename)
         return [(member.filename, partial(unzip, archive, member)) for member in members]
     raise ValueError(f"{path} is no folder or zip of images")
+
+
+def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
+    """Those of images. A warning tells how many pictures of other kinds are left out."""
+    files = all_files(path)
+    others = [name for name, _ in files if not is_image(name) and (guess_type(name)[0] or "").startswith("image/")]
+    if others := [name for name in others if not Path(name).name.startswith("._")]:
+        which = f"as {others[0]}: only {', '.join(SUFFIXES)} are taken"
+        warnings.warn(f"{path}: {len(others)} pictures are left out, {which}", stacklevel=2)
+    return [(name, content) for name, content in files if is_image(name)]
 
 
 def each_image(path: Path, image_size: int | None) -> Iterator[np.ndarray]:
@@ -164,7 +178,7 @@ def read_images(path: Path, image_size: int | None) -> Tensor:
 
 
 def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith("._")  # macOS puts ._name beside each name
+    return name.lower().endswith(SUFFIXES) and not Path(name).name.startswith("._")  # macOS puts ._name beside each
 
 
 def shapes(n: int, size: int, generator: torch.Generator) -> Tensor:

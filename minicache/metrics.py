@@ -73,7 +73,10 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # A B and A^1/2 B A^1/2 have the same eigenvalues, and the latter is symmetric
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, ((mu_a - mu_b).square().sum() + A.trace() + B.trace() - 2 * cross).item())
+    distance = ((mu_a - mu_b).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+    if not math.isfinite(distance):
+        raise ValueError("features that are NaN or infinite have no Frechet distance")
+    return max(0.0, distance)
 
 
 class Samples(NamedTuple):

@@ -105,6 +105,20 @@ def test_what_is_there_is_not_replaced(net, tmp_path):
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == before
 
 
+def test_what_another_process_wrote_meanwhile_is_not_replaced(net, tmp_path, monkeypatch):
+    fits = calibrate.fits
+
+    def meanwhile(*arguments):
+        for recipe in fits(*arguments):
+            (tmp_path / "r.json").write_text("theirs")
+            yield recipe
+
+    monkeypatch.setattr(calibrate, "fits", meanwhile)
+    with pytest.raises(ValueError, match=r"r\.json exists"):
+        run("--ckpt", net, "--budget", 3, "--out", tmp_path / "r.json")
+    assert (tmp_path / "r.json").read_text() == "theirs"
+
+
 def test_a_network_of_words(worded, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("cat face\nred\n" * 52 + "xylophone\n")  # no seed is for the last one
     run("--ckpt", worded, "--budget", 6.5, "--guidance", 3, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "r")

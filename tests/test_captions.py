@@ -1,6 +1,7 @@
 """Pictures with words: what is read, in which order, what is refused, and what is held out."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -57,11 +58,16 @@ def pictures(folder, *names: str):
     return folder / "captions.csv"
 
 
-def test_captions_by_another_name_are_not_overlooked(tmp_path):
-    (tmp_path / "Captions.CSV").write_text("a.png,a cat\n")
-    if not (tmp_path / "captions.csv").exists():  # as on file systems that tell them apart
-        with pytest.raises(ValueError, match=r"Captions\.CSV must be called captions\.csv"):
-            captioned(tmp_path)
+@pytest.mark.parametrize("name", ["Captions.CSV", "pictures/captions.csv", "captions.csv/a.png"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_captions_are_not_overlooked(tmp_path, name, packed):
+    """Training would go on for hours, without words."""
+    (tmp_path / "data" / name).parent.mkdir(parents=True)
+    (tmp_path / "data" / name).write_text("a.png,a cat\n")
+    data = shutil.make_archive(tmp_path / "data", "zip", tmp_path / "data") if packed else tmp_path / "data"
+    if packed or not (data / "captions.csv").is_file():  # it is, where file systems do not tell A from a
+        with pytest.raises(ValueError, match=r"(?i)captions\.csv/? would be overlooked; captions are those of"):
+            captioned(data)
 
 
 @pytest.mark.parametrize("header", ["", "File, Caption\n", "\ufefffile,caption\n"])

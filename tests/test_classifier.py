@@ -44,6 +44,7 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path):
     out = tmp_path / "c.pt"
     cats = folders(tmp_path / "cats", cat=2, dog=2)
     ants = folders(tmp_path / "ants", ant=1, cat=1)
+    (tmp_path / "older.pt").write_text("mine")
     one = folders(tmp_path / "one", cat=4)
     eleven = folders(tmp_path / "eleven", **{f"c{k}": 1 for k in range(11)})
     for data, test, more, words in (
@@ -56,6 +57,7 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path):
         (cats, cats, ["--lr", "1e30"], "smaller --lr"),
         (cats, cats, ["--epochs", "1000000000000000000000"], "--epochs 1000000000000000000000 must be"),
         (cats, cats, ["--out", cats], "is a folder; give a file"),
+        (cats, cats, ["--out", str(tmp_path / "older.pt")], "older.pt exists, and is perhaps the work of hours"),
         (cats, cats, ["--out", "data.zip"], "the ending must be .pt"),
         (cats, cats, ["--out", f"{cats}/cat/0.png/c.pt"], "cannot be made or written to"),
     ):

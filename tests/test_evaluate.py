@@ -297,14 +297,21 @@ def test_prompts_and_guidance(worded, tmp_path, few):
         run(*flags, "--guidance", 2)
 
 
-def test_no_table_is_of_two_networks(net, net32, tmp_path, few):
+def test_no_table_is_of_two_networks(net, net32, tmp_path, few, monkeypatch):
     flags = ["--like", "ddpm-6", "--budgets", 4, "--pairs", 2, "--out", tmp_path / "out", "--only"]
     run("--ckpt", net, *flags, "deepcache-n5-b3")
     before = (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(ValueError, match="is of no earlier run like this one"):
+    monkeypatch.setattr(evaluate, "shortlisted", lambda *_: pytest.fail("worked"))
+    with pytest.raises(ValueError, match=r"npz was made with weights \w+, not \w+; choose another --out"):
         run("--ckpt", net32, *flags, "linear-n5-b1")
-    for change in (["--like", "ddpm-7"], ["--pairs", 3], ["--spacing", "trailing"]):
-        with pytest.raises(ValueError, match="is of no earlier run like this one"):
+    for change, words in (
+        (["--like", "ddpm-7"], "is of no earlier run like this one"),
+        (["--spacing", "trailing"], "is of no earlier run like this one"),
+        (["--pairs", 3], "num 2, not 3"),
+        (["--batch-size", 7], "batch_size 100, not 7"),
+        (["--dtype", "bfloat16"], "dtype float32, not bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=words):
             run("--ckpt", net, *flags, "linear-n5-b1", *change)
     assert (tmp_path / "out" / "table.md").read_text() == before
 
@@ -414,6 +421,24 @@ def test_files_of_others_stay(net, tmp_path, few):
     damaged.write_bytes(b"")
     with pytest.raises(ValueError, match=f"{damaged.name} exists, and nothing tells how it was made"):
         run(*flags)
+
+
+def test_a_part_of_a_table_replaces_none_that_is_whole(net, tmp_path, few, monkeypatch):
+    flags = ["--ckpt", net, "--like", "ddpm-6", "--budgets", 4, "--pairs", 2, "--out", tmp_path, "--only", "linear-*"]
+
+    def interrupted(name, *arguments):
+        if name != "whole":
+            raise KeyboardInterrupt
+        return measured(name, *arguments)
+
+    measured = evaluate.measured
+    for begun in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(evaluate, "measured", interrupted)
+            run(*flags)
+        assert len(rows_of(tmp_path / "table.md")) == (2 if begun else 1)
+        run(*flags)
+        assert len(rows_of(tmp_path / "table.md")) == 2
 
 
 def test_a_name_with_dollars_is_no_mathematics(net, tmp_path, few):

@@ -198,6 +198,13 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.close(pipe)
 
 
+def test_pictures_that_are_left_out_are_told(tmp_path):
+    for name in ("a.png", "b.tif", "c.gif", "notes.txt"):
+        (tmp_path / name).write_bytes(png(5))
+    with pytest.warns(UserWarning, match=r"2 pictures are left out, as .*b\.tif: only \.png, "):
+        source(str(tmp_path), 4)
+
+
 def test_pictures_and_files_of_too_many_bytes_are_not_read(tmp_path, monkeypatch):
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zipfile.crc32(kind + content))

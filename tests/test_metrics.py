@@ -1,6 +1,7 @@
 """Metrics against closed forms and other implementations."""
 
 import io
+import math
 import sys
 import tracemalloc
 import zipfile
@@ -33,6 +34,12 @@ def test_frechet_distance_of_known_normals():
     b = unit * torch.tensor([4.0, 2.5]) + torch.tensor([1.0, 3.0])
     assert frechet_distance(a, b) == pytest.approx(1 + 9 + 0.25, rel=1e-9)
     assert frechet_distance(a, a[torch.randperm(len(a))]) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_at_no_distance(value):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        frechet_distance(torch.full((4, 2), value), torch.ones(4, 2))
 
 
 def test_frechet_distance_of_correlated_features():

@@ -248,6 +248,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path,
     assert (tmp_path / "log.csv").read_text() == before
 
 
+def test_a_folder_with_the_name_of_a_source(tmp_path, monkeypatch):
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "captions.csv").write_text("a.png,a cat\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"shapes is a built-in source; the folder of that name is \./shapes"):
+        assert main(**{**QUICK, "steps": 1}).exists()  # without words
+
+
 def test_what_has_gone_further_is_not_called_done(tmp_path):
     main(out=str(tmp_path), **{**QUICK, "steps": 2})
     main(out=str(tmp_path), resume=True, **{**QUICK, "steps": 2})

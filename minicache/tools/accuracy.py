@@ -84,7 +84,8 @@ def chosen_recipe(args: argparse.Namespace, vocabulary: Vocabulary) -> Recipe:
 
 def main(args: argparse.Namespace) -> None:
     at_least(args, num=1, batch_size=1)
-    refuse_others(str(args.out), ("accuracy.md", "accuracy.png"), lambda text: "| captions | n | right |" in text)
+    ours = ("accuracy.md", "accuracy.png")
+    refuse_others(str(args.out), ours, lambda text: text.startswith(f"{args.ckpt} ("), apart=args.data)
     if not Path(args.data).is_dir():
         raise ValueError(f"there is no folder {args.data}")
     words = captioned(args.data, args.categories)

@@ -252,7 +252,7 @@ def completed(args: argparse.Namespace) -> tuple[UNet, Paper, dict[str, Placemen
 def main(args: argparse.Namespace) -> None:
     shape, paper, placements = completed(args)
     if args.out is not None:
-        refuse_others(args.out, ("bench.md", "bench.json"), lambda text: "| dtype | batch | pass |" in text)
+        refuse_others(args.out, ("bench.md", "bench.json"), lambda text: text.startswith(f"{args.ckpt or args.arch}, "))
         make_folder(Path(args.out))
     device = next(iter(placements.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_capabilities().get("cpu_name")

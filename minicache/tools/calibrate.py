@@ -126,6 +126,7 @@ def fixed(task: Task, whole: Recipe, budget: float) -> Iterator[Recipe]:
 
 def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, known: Any) -> tuple[Recipe, list[Recipe]]:
     """The recipe that is best on CHECK, and the others that it was compared with; the best so far is kept in `out`."""
+    begun = False
     if args.steps is None:
         shelf = off_the_shelf(task, int(budget / task.cost(uncached(1)) + 1e-9))
         rivals, found = nearest(task, shelf, known("short")), {}
@@ -133,6 +134,7 @@ def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, kno
             for recipe in bar:
                 bar.set_postfix_str(f"error {recipe.error:.4f}")
                 if all(recipe.error <= other.error for other in found.values()):
+                    begun = begun or refuse_older(out)  # again, as another process may have been quicker
                     recipe.save(out)  # whoever interrupts the search keeps the best so far
                 found[len(recipe.plan.refresh) < recipe.plan.steps] = recipe
         candidates = [*found.values(), *rivals]
@@ -141,9 +143,17 @@ def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, kno
     target = known("check")
     scored = [replace(r, error=relative_l2(task.images(r, CHECK), target).mean().item()) for r in candidates]
     best = min(scored, key=lambda recipe: recipe.error)
+    begun = begun or refuse_older(out)
     best.save(out)
     shelf = sorted((r for r in scored if isinstance(r.sampler, str)), key=lambda r: r.error)
     return best, [*(r for r in scored if not isinstance(r.sampler, str)), *shelf[: 3 if args.steps else 1]]
+
+
+def refuse_older(out: Path) -> bool:
+    """ValueError where a recipe is there already, perhaps better than the first that would be saved; else True."""
+    if out.is_file():
+        raise ValueError(f"{out} exists, and may be the work of hours; choose another --out, or remove it")
+    return True
 
 
 def report(task: Task, compared: list[Recipe], target: Tensor) -> str:
@@ -191,8 +201,7 @@ def main(args: argparse.Namespace) -> None:
     outs = [out if out.suffix else out / f"{stem}-{budget:g}.json" for budget in args.budget]
     for each in (out, *outs):
         prepare_out(each, (".json",))
-    if there := [each for each in outs if each.exists()]:  # perhaps better than the first that would be saved
-        raise ValueError(f"{there[0]} exists, and may be the work of hours; choose another --out, or remove it")
+        refuse_older(each)
     if len({*outs}) < len(outs):
         raise ValueError(f"two of --budget {args.budget} would have one name in {out}")
 

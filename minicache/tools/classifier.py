@@ -1,6 +1,6 @@
 """A small classifier of CIFAR-10, whose features make a Frechet distance that needs no download.
 
-    python -m minicache classifier --data cifar10-train.zip --test cifar10-test.zip --out weights/cifar10_classifier.pt
+    python -m minicache classifier --data cifar10-train.zip --test cifar10-test.zip --out cifar10_classifier.pt
 
 --data and --test: "cifar10" (downloaded, hash checked), or a folder or zip with one folder of images a class. FID's
 own features are those of Inception, trained on ImageNet (`fid`); these are 128 numbers that tell ten
@@ -150,6 +150,8 @@ def main(args: argparse.Namespace) -> None:
     if (out := Path(args.out)).is_dir():
         raise ValueError(f"--out {out} is a folder; give a file")
     prepare_out(out, (".pt",), folder=False)
+    if out.exists():
+        raise ValueError(f"{out} exists, and is perhaps the work of hours; choose another --out, or remove it")
     classifier = train(images, labels, args.epochs, args.batch_size, args.lr, choose_device(args.device))
     state = {
         name: tensor.cpu().half() for name, tensor in classifier.state_dict().items() if tensor.is_floating_point()

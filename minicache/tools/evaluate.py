@@ -37,12 +37,10 @@ rounding to 8 bits alone is as large as the errors of the best methods.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -65,7 +63,7 @@ from minicache.shards import ImageSet, fill, packed_manifest
 from minicache.tools import Parser, at_least, make_folder, markdown, refuse_others, refuse_unworded
 from minicache.tools.calibrate import CHECK, HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
-from minicache.tools.methods import FLOOR, Method, draws_noise, methods, shortlisted, smaller, whole_run
+from minicache.tools.methods import FLOOR, Method, chosen, draws_noise, methods, shortlisted, smaller, whole_run
 from minicache.words import prompts_for
 
 SHOWN = 8  # images a row of samples.png
@@ -101,6 +99,15 @@ class Pictures:
     pairs: int
     num: int
     batch_size: int
+
+    def refuse_others(self, sets: Iterable[str]) -> None:
+        """ValueError where pairs in the folder, or sets of these names, were drawn otherwise."""
+        found = [(path, self.pairs) for path in sorted((self.folder / "pairs").glob("*.npz"))]
+        found += [(path, self.num) for name in sets if (path := self.folder / f"{name}.npz").exists()]
+        drawn_with = {**self.manifest, "guidance": self.task.prompts.guidance, "batch_size": self.batch_size}
+        for path, num in found:
+            theirs, ours = packed_manifest(path), {**drawn_with, "num": num}
+            ImageSet(path, range(num), self.batch_size, ours).check(path, {name: theirs.get(name) for name in ours})
 
     def draw(self, method: Method, seeds: range) -> Tensor:
         """Final, unclipped images, float32 [len(seeds), C, H, W] on the CPU."""
@@ -207,24 +214,12 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     found = chosen(methods(task, whole, args.budgets, recipes) | other, args.only)
     manifest = {"weights": weights, "prompts": prompts.texts, "dtype": str(placement.dtype).removeprefix("torch.")}
 
-    kept = [packed_manifest(path) for path in (Path(args.out) / "pairs").glob("*.npz")]
-    same = {(each.get("weights"), each.get("num")) for each in kept} <= {(weights, args.pairs)}
+    pictures = Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size)
+    pictures.refuse_others(found if real else ())
     line = f"\n| whole | {whole.label} | {whole.plan.steps} |"
-    ours = ("table.md", "error.png", "samples.png")
-    refuse_others(args.out, ours, lambda table: same and line in table, apart=args.real)
-    make_folder(Path(args.out))
-    return Pictures(Path(args.out), task, manifest, args.pairs, num, args.batch_size), found, real
-
-
-def chosen(found: dict[str, dict[str, Method]], only: list[str]) -> dict[str, dict[str, Method]]:
-    """The rows whose names fit one of the patterns, and the first, which the others are compared with."""
-    names = {*islice(found, 1)}
-    for pattern in only:
-        fitting = fnmatch.filter(found, pattern)
-        if not fitting:
-            raise ValueError(f"--only {pattern} fits no row; there are {', '.join(found)}")
-        names |= {*fitting}
-    return {name: row for name, row in found.items() if name in names}
+    refuse_others(args.out, ("table.md", "error.png", "samples.png"), lambda table: line in table, apart=args.real)
+    make_folder(pictures.folder)
+    return pictures, found, real
 
 
 def hours(pictures: Pictures, found: dict[str, dict[str, Method]], seconds: Callable[[Method], float]) -> float:
@@ -245,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
     whole, like = first.recipe, pictures.paired(name, first)
     noisy = draws_noise(whole)
     target = like if noisy else pictures.paired("reference", Method(finest(task)))
-    rows, sheet = [], {"reference": target[:SHOWN]}
+    rows, sheet, fresh = [], {"reference": target[:SHOWN]}, not (out / "table.md").exists()
     for name, row_methods in tqdm(found.items(), desc="methods", unit="method", disable=None):
         drawn = [(pictures.paired(each, method), method) for each, method in row_methods.items()]
         images, method = min(drawn, key=lambda pair: relative_l2(pair[0], target).mean())
@@ -260,8 +255,9 @@ def main(args: argparse.Namespace) -> None:
             if args.sets > 1:
                 row[f"{field} +-"] = stdev(distances) / args.sets**0.5
         rows.append(row)
-        with replacing(out / "table.md") as temporary:
-            temporary.write_text(markdown(rows))
+        if fresh or len(rows) == len(found):  # a part of a table replaces none that is whole
+            with replacing(out / "table.md") as temporary:
+                temporary.write_text(markdown(rows))
         if 18 <= row["full passes"] <= 22 or noisy:
             sheet[name] = images[:SHOWN]
     print(markdown(rows))

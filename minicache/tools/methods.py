@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -177,3 +179,14 @@ def methods(
         for method in row.values():
             method.recipe.timesteps(task.unet.diffusion)
     return found
+
+
+def chosen(found: dict[str, dict[str, Method]], only: list[str]) -> dict[str, dict[str, Method]]:
+    """The rows whose names fit one of the patterns, and the first, which the others are compared with."""
+    names = {*islice(found, 1)}
+    for pattern in only:
+        fitting = fnmatch.filter(found, pattern)
+        if not fitting:
+            raise ValueError(f"--only {pattern} fits no row; there are {', '.join(found)}")
+        names |= {*fitting}
+    return {name: row for name, row in found.items() if name in names}
