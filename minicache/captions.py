@@ -123,9 +123,11 @@ def from_csv(path: Path) -> Captioned:
             raise ValueError(f"{where}: the caption {caption[:80]!r} goes over several lines; is a quote not closed?")
         if not (path.parent / file).is_file():
             raise ValueError(f"{where}: there is no picture {file!r} in {path.parent}")
-        if not words_in(caption):
+        with understood(where, "a caption in words"):
+            words = words_in(caption)
+        if not words:
             raise ValueError(f"{where}: the caption {caption!r} of {file} has no words of letters a to z")
-        found.append((path.parent / file, caption, " ".join(words_in(caption))))
+        found.append((path.parent / file, caption, " ".join(words)))
     if not found:
         raise ValueError(f"{path} names no pictures")
     return Captioned(*zip(*found))

@@ -57,7 +57,7 @@ class Recipe(Settings):
         """Raises ValueError where the file is not a recipe."""
         content = read_whole(Path(path))
         with understood(path, "a recipe"):
-            values = json.loads(content)
+            values = {**json.loads(content)}
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown field {sorted(unknown)[0]!r}")

@@ -104,7 +104,9 @@ class ImageSet:
         return [self.folder / f"{seed:06d}.png" for seed in shard]
 
     def write(self, shard: range, images: np.ndarray) -> None:
-        """images: uint8 [B, H, W, C]. ValueError where a file would be written through a link."""
+        """images: uint8 [B, H, W, C], one a seed. ValueError where a file would be written through a link."""
+        if len(images) != len(shard):
+            raise ValueError(f"{len(images)} images were drawn for {len(shard)} seeds")
         if links := [path for path in self.files(shard) if path.is_symlink()]:
             raise ValueError(f"{links[0]} is a link, and what it leads to no picture drawn here; remove the link")
         if self.packed:

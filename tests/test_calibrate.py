@@ -161,7 +161,7 @@ def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--budget", "1"], "--budget 1: .* can be fitted for 2 to 1000 full passes"),
+        (["--budget", "1"], "--budget 1: .* can be fitted for 2 to 12 full passes"),
         (["--budget", "nan"], "--budget nan: "),
         (["--budget", "4", "inf", "--out", "folder"], "--budget inf: "),
         (["--budget", "3", "4", "--out", "x.json"], "2 budgets need a folder"),
@@ -176,8 +176,8 @@ def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
         (["--sampler", "ddim", "--steps", "1001"], "steps=1001"),
         (["--prompts", "nowhere.txt"], "--prompts: .* cannot be told what to draw"),
         (["--guidance", "3"], "--guidance: .* cannot be told what to draw"),
-        (["--out", "x.png"], "--out x.png: the ending"),
-        (["--out", ".json"], "--out .json needs a name"),
+        (["--budget", "3", "--out", "x.png"], "--out x.png: the ending"),
+        (["--budget", "3", "--out", ".json"], "--out .json needs a name"),
     ],
 )
 def test_bad_flags_write_nothing(net, tmp_path, monkeypatch, flags, words):

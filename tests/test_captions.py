@@ -98,6 +98,7 @@ def test_a_long_caption_makes_room_for_itself(tmp_path):
         ('a.png,"a cat\na.png,a ""dog"', "line 1: the caption 'a cat.* goes over several lines"),
         ("a.png", "line 1: need a file and a caption"),
         ("a.png, ", "line 1: the caption '' of a.png has no words"),
+        ("a.png,red кот", "line 1 is not a caption in words: 'red кот' has the letter 'к'"),
         ("a.png,12", "line 1: the caption '12' of a.png has no words"),
         (",a cat", "line 1: there is no picture ''"),
         ("file,caption\n", "names no pictures"),

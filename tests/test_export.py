@@ -51,7 +51,7 @@ def test_deepcache_on_onnxruntime(net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["example.py", "6", "2"])
     runpy.run_path(str(tmp_path / "deep" / "example.py"), run_name="__main__")
-    assert (tmp_path / "samples.png").exists()
+    assert (tmp_path / "example.png").exists()
     assert json.loads((tmp_path / "deep" / "network.json").read_text())["fingerprint"] == fingerprint(load(net))
 
 
@@ -67,7 +67,7 @@ def test_the_example_suits_a_network_of_few_timesteps(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["example.py"])
     runpy.run_path(example, run_name="__main__")
-    assert (tmp_path / "samples.png").exists()
+    assert (tmp_path / "example.png").exists()
     for steps in ("1", "21"):
         monkeypatch.setattr("sys.argv", ["example.py", steps])
         with pytest.raises(SystemExit):

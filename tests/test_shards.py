@@ -318,6 +318,14 @@ def test_nothing_is_written_through_a_link(tmp_path, out):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("out", ["folder", "x.npz"])
+@pytest.mark.parametrize("count", [3, 5])
+def test_there_is_an_image_for_each_seed(tmp_path, out, count):
+    with pytest.raises(ValueError, match=f"{count} images were drawn for 4 seeds"):
+        fill(ImageSet(tmp_path / out, range(4), 4, {}), lambda shard: images_of(range(count)))
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.np?")]
+
+
 @pytest.mark.parametrize("other", [np.zeros((4, 4, 5, 3), np.uint8), np.zeros((4, 4, 4, 3), np.float32)])
 def test_a_shard_of_other_images_is_named_and_all_are_kept(tmp_path, other):
     images = interrupted_set(tmp_path / "x.npz")

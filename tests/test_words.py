@@ -10,7 +10,10 @@ WORDS = Vocabulary(("cat", "dog", "face", "noto", "red"), length=4)
 def test_words_are_lower_case_letters_each_once():
     assert words_in("Red, red ROSE!  rose-hip 2") == ["red", "rose", "hip"]
     assert words_in("  ") == []
-    assert words_in("Café naïve cafe\u0301 Straße 猫") == ["cafe", "naive", "strasse"]
+    for caption in ("øre", "red кот", "łódź"):
+        with pytest.raises(ValueError, match=r"has the letter '[øкł]'; words are of the letters a to z"):
+            words_in(caption)
+    assert words_in("2² Café naïve cafe\u0301 Straße") == ["cafe", "naive", "strasse"]
 
 
 def test_encode():

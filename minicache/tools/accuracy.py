@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     at_least(args, num=1, batch_size=1)
     ours = ("accuracy.md", "accuracy.png")
     refuse_others(str(args.out), ours, lambda text: text.startswith(f"{args.ckpt} ("), apart=args.data)
-    if not Path(args.data).is_dir():
+    if not Path(args.data).exists():
         raise ValueError(f"there is no folder {args.data}")
     words = captioned(args.data, args.categories)
     if words is None:

@@ -166,7 +166,7 @@ def report(task: Task, compared: list[Recipe], target: Tensor) -> str:
     for recipe, e in zip(compared, errors):
         plan = recipe.plan
         partial_steps = plan.steps - len(plan.refresh)
-        steps = f"{len(plan.refresh)} full, {partial_steps} partial"
+        steps = f"{len(plan.refresh)} full, {partial_steps} partial" + f" at branch {plan.branch}" * bool(partial_steps)
         rows.append({"sampler": recipe.label, "steps": steps,
                      "cost": task.cost(plan), "error": spread(e),
                      "median": median(e.tolist()), "worst": e.max().item(),
@@ -187,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     task = Task(place(unet, placement), weights, prompts)
     step = task.cost(uncached(1))
-    most = unet.diffusion.num_timesteps * step
+    most = (FINEST["steps"] if args.steps is None else unet.diffusion.num_timesteps) * step  # those of the reference
     for budget in args.budget:
         if not 2 * step <= budget <= most:
             raise ValueError(f"--budget {budget:g}: {args.ckpt} can be fitted for {2 * step:g} to {most:g} full passes")

@@ -1,4 +1,4 @@
-"""DeepCache (arXiv 2312.00858) with onnxruntime, NumPy and Pillow alone: 8 pictures, into samples.png."""
+"""DeepCache (arXiv 2312.00858) with onnxruntime, NumPy and Pillow alone: 8 pictures, into example.png."""
 
 import argparse
 import json
@@ -39,4 +39,5 @@ if __name__ == "__main__":
         parser.error(f"steps must be in 2..{T}, and interval at least 1")
     noise = np.random.RandomState(0).standard_normal((8, *network["shape"])).astype(np.float32)
     images = ((ddim(noise, args.steps, args.interval) + 1) * 127.5).clip(0, 255).round().astype(np.uint8)
-    Image.fromarray(np.hstack(images.transpose(0, 2, 3, 1)).squeeze()).save("samples.png")
+    Image.fromarray(np.hstack(images.transpose(0, 2, 3, 1)).squeeze()).save("example.png")
+    print("example.png")
