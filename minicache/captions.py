@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,8 +67,8 @@ class Captioned:
 
     def training(self) -> list[int]:
         """The other pictures."""
-        held_out = set(self.held_out())
-        return [i for i in range(len(self.names)) if i not in held_out]
+        held_out = {self.files[i] for i in self.held_out()}  # which may have several captions
+        return [i for i, file in enumerate(self.files) if file not in held_out]
 
     def source(self, vocabulary: Vocabulary, image_size: int) -> CaptionedSource:
         """A function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1], ids [n, length], some of them 0 (DROPOUT).
@@ -130,6 +131,9 @@ def from_csv(path: Path) -> Captioned:
         found.append((path.parent / file, caption, " ".join(words)))
     if not found:
         raise ValueError(f"{path} names no pictures")
+    (file, said), often = Counter((file, said) for file, _, said in found).most_common(1)[0]
+    if often > 1:  # one of them would be held out, and the other not
+        raise ValueError(f"{path}: {file.name} has the caption {said!r} {often} times")
     return Captioned(*zip(*found))
 
 

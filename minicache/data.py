@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import tarfile
 import warnings
 import zipfile
@@ -110,10 +111,25 @@ def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
     return read_images(Path(name), 32), torch.tensor([names.index(each) for each in classes]), names
 
 
+def walk(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, also where links lead, but each folder once. OSError where it may not look."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            yield from (Path(root) / name for name in names)
+
+
 def all_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
     """Name and content of all that is in a folder (and below) or a zip, in the order of the names."""
     if path.is_dir():
-        return [(str(file), partial(read_whole, file)) for file in sorted(path.rglob("*"))]
+        return [(str(file), partial(read_whole, file)) for file in sorted(walk(path))]
     if path.is_file() and zipfile.is_zipfile(path):
         with understood(path, "a zip that can be read"):
             archive = zipfile.ZipFile(path)

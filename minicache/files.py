@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import os
@@ -40,7 +41,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     sweep(path.parent)
     try:
         yield temporary
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            shutil.copyfile(temporary, path)  # a file that is mounted, as into a container, can be written to alone
     except OSError as error:
         if error.errno and not error.filename:  # writing to an open file does not tell its name
             error.filename = str(path)

@@ -117,6 +117,8 @@ def read_samples(path: str | Path) -> Samples:
 def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """arr_0 of an npz as a stream of bytes, and its shape; pickles are not read."""
     with understood(path, "an npz whose arr_0 holds images"):
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("there is no file of that name")
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, by_columns, dtype = read[np.lib.format.read_magic(file)](file)

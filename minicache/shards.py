@@ -245,6 +245,8 @@ def flat(manifest: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def packed_manifest(path: Path) -> dict[str, Any]:
     """The manifest in an .npz; ValueError for an .npz without one, and for any other file."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError
         with zipfile.ZipFile(path) as archive:
             return {**json.loads(archive.read("manifest.json"))}
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, RuntimeError):

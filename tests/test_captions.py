@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def pictures(folder, *names: str):
     return folder / "captions.csv"
 
 
-@pytest.mark.parametrize("name", ["Captions.CSV", "pictures/captions.csv", "captions.csv/a.png"])
+@pytest.mark.parametrize("name", ["Captions.CSV", "pictures/captions.csv"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_captions_are_not_overlooked(tmp_path, name, packed):
     """Training would go on for hours, without words."""
@@ -99,6 +100,7 @@ def test_a_long_caption_makes_room_for_itself(tmp_path):
         ("a.png", "line 1: need a file and a caption"),
         ("a.png, ", "line 1: the caption '' of a.png has no words"),
         ("a.png,red кот", "line 1 is not a caption in words: 'red кот' has the letter 'к'"),
+        ("a.png,Red cat\n./a.png,red cat", r"captions\.csv: a\.png has the caption 'red cat' 2 times"),
         ("a.png,12", "line 1: the caption '12' of a.png has no words"),
         (",a cat", "line 1: there is no picture ''"),
         ("file,caption\n", "names no pictures"),
@@ -111,12 +113,22 @@ def test_what_a_table_may_not_say(tmp_path, content, words):
         captioned(tmp_path)
 
 
+def test_no_picture_is_held_out_under_one_caption_and_trained_under_another(tmp_path):
+    rows = [f"{k}.png,{name} cat\n" for k, name in enumerate("aabbccddeeffgghhiijj")]
+    pictures(tmp_path, *(f"{k}.png" for k in range(20))).write_text(
+        "".join([*rows, *(f"{k}.png,dog {'abcdefghijklmnopqrst'[k]}\n" for k in range(20))])
+    )
+    words = captioned(tmp_path)
+    held_out = {words.files[i] for i in words.held_out()}
+    assert held_out and not held_out & {words.files[i] for i in words.training()}
+
+
 def test_no_words(tmp_path):
     assert captioned(tmp_path) is None and captioned("shapes") is None and captioned(tmp_path / "x.zip") is None
 
 
 def made_up(*names: str) -> Captioned:
-    return Captioned(tuple(names), tuple(names), names)
+    return Captioned(tuple(Path(str(k)) for k in range(len(names))), names, names)
 
 
 def test_a_picture_is_held_out_only_where_its_twin_stays():

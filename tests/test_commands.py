@@ -157,6 +157,18 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_what_lies_beyond_a_folder_that_is_not_there_is_seen(tmp_path, monkeypatch):
+    """Once that folder is made, an older file there would be replaced."""
+    monkeypatch.chdir(tmp_path)
+    parser = Parser(prog="x")
+    parser.add_argument("--out")
+    parser.add_argument("dst", type=Path, nargs="?")
+    for given, meant in (("new/../x.pt", "x.pt"), ("new/a/../..", "")):
+        parsed = parser.parse_args([given, "--out", given])
+        assert parsed.dst == tmp_path / meant and parsed.out == str(tmp_path / meant)
+    assert parser.parse_args(["--out", "../x.pt"]).out == "../x.pt"
+
+
 def test_what_is_counted_has_bounds():
     import_module("minicache.tools.list")  # where it hides the type
     at_least(SimpleNamespace(num=None, batch=[1, MOST], seed=0), num=1, batch=1, seed=0)
@@ -177,6 +189,19 @@ def test_a_folder_is_tried_before_the_work(tmp_path):
             make_folder(folder)
     make_folder(tmp_path / "two" / "deep")
     assert not list((tmp_path / "two" / "deep").iterdir())
+
+
+def test_a_protected_file_is_told_before_the_work(tmp_path, monkeypatch):
+    (out := tmp_path / "x.png").write_text("mine")
+    prepare_out(out, (".png",))
+    assert out.read_text() == "mine"
+
+    def refuse(path, *_):
+        raise PermissionError(1, "Operation not permitted", path)
+
+    monkeypatch.setattr("builtins.open", refuse)  # root may write to any file
+    with pytest.raises(ValueError, match=r"x\.png: no file of that name can be written \(Operation not permitted\)"):
+        prepare_out(out, (".png",))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")

@@ -1,5 +1,6 @@
 """Files that are whole or not there, locks, and downloads; the only server here is on this machine."""
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -234,6 +235,17 @@ def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path
     with replacing(tmp_path / "k.npz") as temporary:
         temporary.write_text("new")
     assert {path.name for path in tmp_path.iterdir()} == {*others, ".cache.tmp", "k.npz"}
+
+
+def test_a_file_that_is_mounted_is_written_to(tmp_path, monkeypatch):
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    (tmp_path / "x.txt").write_text("old")
+    monkeypatch.setattr(os, "replace", busy)
+    with replacing(tmp_path / "x.txt") as temporary:
+        temporary.write_text("new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

@@ -134,7 +134,7 @@ def test_wrong_flags(tmp_path):
         (["--out", tmp_path / "film.mp4"], "must be .gif"),
         (["--out", tmp_path / "film"], "must be .gif"),
         (["--num", 0], "--num 0 must be at least 1"),
-        (["--num", 33], "--num 33 must be at least 1 and at most 32"),
+        (["--num", 9], "--num 9 must be at least 1 and at most 8"),
         (["--seed", -1], "--seed -1"),
         (["--steps", 0], "steps=0"),
         (["--interval", 0], "interval=0"),

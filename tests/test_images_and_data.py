@@ -198,6 +198,16 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.close(pipe)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_folders_that_are_links_are_read_and_each_once(tmp_path):
+    for name in ("store/cat", "data"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "store" / "cat" / "a.png").write_bytes(png(5))
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "store" / "cat")
+    (tmp_path / "store" / "cat" / "loop").symlink_to(tmp_path / "data")
+    assert [name for name, _ in data.image_files(tmp_path / "data")] == [str(tmp_path / "data" / "cat" / "a.png")]
+
+
 def test_pictures_that_are_left_out_are_told(tmp_path):
     for name in ("a.png", "b.tif", "c.gif", "notes.txt"):
         (tmp_path / name).write_bytes(png(5))

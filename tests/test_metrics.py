@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import sys
 import tracemalloc
 import zipfile
@@ -13,7 +14,7 @@ from conftest import noise
 
 from minicache import denoise, metrics, uncached
 from minicache.metrics import cosine_similarity, fid, frechet_distance, moments, psnr, read_samples, relative_l2
-from minicache.shards import ImageSet, fill
+from minicache.shards import ImageSet, fill, packed_manifest
 from minicache.tools.fid import main, parse
 
 
@@ -34,6 +35,15 @@ def test_frechet_distance_of_known_normals():
     b = unit * torch.tensor([4.0, 2.5]) + torch.tensor([1.0, 3.0])
     assert frechet_distance(a, b) == pytest.approx(1 + 9 + 0.25, rel=1e-9)
     assert frechet_distance(a, a[torch.randperm(len(a))]) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="there is no file of that name"):
+        read_samples(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="nothing tells how it was made"):
+        packed_manifest(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -43,10 +43,16 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action=Debug, nargs=0, default=argparse.SUPPRESS, help=what)
 
     def parse_args(self, *args: Any, **more: Any) -> argparse.Namespace:
-        """As argparse, but '' is refused: a variable of the shell that is not set. A prompt alone may be empty."""
+        """As argparse, but '' is refused: a variable of the shell that is not set. A prompt alone may be empty.
+
+        What is to be written at NEW/../X is X, whether NEW is there or not, so that an older X is seen.
+        """
         parsed = super().parse_args(*args, **more)
         if empty := [name for name, value in vars(parsed).items() if value == "" and name != "negative"]:
             self.error(f"the argument {empty[0]} is empty")
+        for name, value in vars(parsed).items():
+            if name in ("out", "dst") and value and not Path(value).parent.exists() and ".." in Path(value).parts:
+                setattr(parsed, name, type(value)(os.path.realpath(value)))
         return parsed
 
     def print_help(self, file: Any = None) -> None:
@@ -100,7 +106,7 @@ def drop_output() -> None:
 def interruptions() -> Iterator[list[int]]:
     """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once.
 
-    So do SIGTERM, and SIGHUP, as a terminal that is closed sends it; but not what is ignored, as by nohup.
+    So do SIGTERM, and SIGHUP, as a terminal that is closed sends it; unless it is ignored, as under nohup.
     """
     interrupted: list[int] = []
 
@@ -108,8 +114,10 @@ def interruptions() -> Iterator[list[int]]:
         interrupted.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield interrupted
     finally:
@@ -162,6 +170,8 @@ def prepare_out(out: Path, endings: tuple[str, ...], folder: bool = True) -> Non
         try:
             (temporary := temporary_for(out)).touch()
             temporary.unlink()
+            if out.exists():
+                open(out, "ab").close()  # it may be protected
         except OSError as error:  # as where its name is too long
             raise ValueError(f"--out {out}: no file of that name can be written ({error.strerror})") from None
 

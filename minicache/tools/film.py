@@ -32,7 +32,7 @@ from minicache.words import prompts_for
 
 FRAMES, MILLISECONDS, PAUSE = 100, 100, 2600  # after the first; each; the last
 COLORS, STILL = 95, 8  # a pixel stands still until it changes by more, of 255; both keep the file small
-PICTURES = 32  # in a row, at most; those of all steps are held at once
+PICTURES = 8  # in a row, at most; those of all steps are held at once
 SIDE, LEFT, BOTTOM = 128, 250, 34  # pixels: of a picture; beside and below all of them
 INK, MUTED, TRACK, GREY, BLUE, RED = "#1c2026", "#626973", "#e3e0d9", "#7d8590", "#2563c9", "#c33d2b"
 
