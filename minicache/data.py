@@ -119,6 +119,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders.sort()  # so that of two ways to a folder it is always the same one
         if (real := os.path.realpath(root)) in seen:
             folders.clear()
         else:
@@ -139,12 +140,12 @@ def all_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
 
 
 def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
-    """Those of images. A warning tells how many pictures of other kinds are left out."""
+    """Those of images. A warning tells of pictures of other kinds, which are left out."""
     files = all_files(path)
     others = [name for name, _ in files if not is_image(name) and (guess_type(name)[0] or "").startswith("image/")]
     if others := [name for name in others if not Path(name).name.startswith("._")]:
-        which = f"as {others[0]}: only {', '.join(SUFFIXES)} are taken"
-        warnings.warn(f"{path}: {len(others)} pictures are left out, {which}", stacklevel=2)
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        warnings.warn(f"left out of {path}: {others[0]}{more}; taken are {', '.join(SUFFIXES)}", stacklevel=2)
     return [(name, content) for name, content in files if is_image(name)]
 
 

@@ -41,18 +41,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
     sweep(path.parent)
     try:
         yield temporary
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            shutil.copyfile(temporary, path)  # a file that is mounted, as into a container, can be written to alone
+        put(temporary, path)
     except OSError as error:
         if error.errno and not error.filename:  # writing to an open file does not tell its name
             error.filename = str(path)
         raise
     finally:
         remove(temporary)
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Rename; or copy, where a file is mounted, as into a container, and can be written to alone."""
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        shutil.copyfile(temporary, path)
 
 
 def temporary_for(path: Path) -> Path:

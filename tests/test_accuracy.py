@@ -146,6 +146,10 @@ def test_networks_that_cannot_be_judged_are_refused(folder, monkeypatch):
     painter.config = replace(painter.config, in_channels=1, out_channels=1)
     with pytest.raises(ValueError, match="pictures of 3 channels are judged, and x draws 1"):
         accuracy.main(accuracy.parse(["--ckpt", "x", "--data", str(folder)]))
+    painter.config = replace(painter.config, in_channels=3, out_channels=3)
+    painter.vocabulary = replace(painter.vocabulary, words=(*painter.vocabulary.words, "zebra"))
+    with pytest.raises(ValueError, match="has other words than --ckpt x"):
+        accuracy.main(accuracy.parse(["--ckpt", "x", "--data", str(folder)]))
     painter.vocabulary = None
     with pytest.raises(ValueError, match="--ckpt x knows no words"):
         accuracy.main(accuracy.parse(["--ckpt", "x", "--data", str(folder)]))

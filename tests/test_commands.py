@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -109,6 +110,13 @@ def test_debug_shows_tracebacks(monkeypatch):
     with pytest.raises(ValueError, match="wrong"):
         run("x", command)
     assert "MINICACHE_DEBUG=1" in parser.format_help()
+
+
+def test_a_warning_is_one_sentence(capsys):
+    with warnings.catch_warnings(), pytest.raises(SystemExit, match="0"):
+        warnings.simplefilter("always")
+        run("minicache x", lambda: warnings.warn("mind the gap", stacklevel=1))
+    assert capsys.readouterr().err == "minicache x: mind the gap\n"
 
 
 def test_what_is_empty_names_nothing(capsys):

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, SMALL, random_unet
 from PIL import Image, ImageSequence
 
-from minicache import Recipe, denoise, load, sample, uniform
+from minicache import Recipe, denoise, load, sample, uncached, uniform
 from minicache.checkpoints import save
 from minicache.cost import full_passes
 from minicache.images import to_uint8
@@ -129,6 +129,7 @@ def test_prompts_and_a_plan_of_ones_own(tmp_path, monkeypatch):
 def test_wrong_flags(tmp_path):
     save(tmp_path / "net.pt", random_unet())
     save(tmp_path / "classes.pt", random_unet(replace(SMALL, context_dim=8, num_tokens=5)))
+    Recipe(uncached(4), "ddpm").save(tmp_path / "ddpm.json")
     out = tmp_path / "film.gif"
     for flags, words in (
         (["--out", tmp_path / "film.mp4"], "must be .gif"),
@@ -144,7 +145,8 @@ def test_wrong_flags(tmp_path):
         (["--ckpt", tmp_path / "net.pt"], "no calibrated plan"),
         (["--ckpt", tmp_path / "classes.pt"], "takes a context, but no words"),
         (["--ckpt", "tiny_cifar10", "--steps", 20, "--interval", 20], "the cheapest plan"),
+        (["--ckpt", tmp_path / "net.pt", "--plan", tmp_path / "ddpm.json"], "draws noise at each step"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             main("--out", out, *flags)
-    assert {path.name for path in tmp_path.iterdir()} == {"net.pt", "classes.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pt", "classes.pt", "ddpm.json"}

@@ -211,7 +211,7 @@ def test_folders_that_are_links_are_read_and_each_once(tmp_path):
 def test_pictures_that_are_left_out_are_told(tmp_path):
     for name in ("a.png", "b.tif", "c.gif", "notes.txt"):
         (tmp_path / name).write_bytes(png(5))
-    with pytest.warns(UserWarning, match=r"2 pictures are left out, as .*b\.tif: only \.png, "):
+    with pytest.warns(UserWarning, match=r"left out of .*b\.tif and 1 more; taken are \.png, "):
         source(str(tmp_path), 4)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,6 +73,7 @@ def run(name: str, command: Callable[[], int | None]) -> NoReturn:
             setattr(sys, stream, open(os.devnull, "w"))
         if hasattr(getattr(sys, stream), "reconfigure"):
             getattr(sys, stream).reconfigure(errors="backslashreplace")  # a name that cannot be printed is no error
+    warnings.showwarning = lambda message, *_: print(f"{name}: {message}", file=sys.stderr)
     try:
         code = command() or 0
         print(end="", flush=True)  # as Python would do it after all this, where nothing is caught

@@ -94,6 +94,8 @@ def main(args: argparse.Namespace) -> None:
     unet = load(args.ckpt)
     if unet.vocabulary is None:
         raise ValueError(f"--ckpt {args.ckpt} knows no words")
+    if words.vocabulary().words != unet.vocabulary.words:
+        raise ValueError(f"--data {args.data} has other words than --ckpt {args.ckpt}, which has not seen it")
     if unet.config.in_channels != 3:
         raise ValueError(f"pictures of 3 channels are judged, and {args.ckpt} draws {unet.config.in_channels}")
     recipe, weights, size = chosen_recipe(args, unet.vocabulary), fingerprint(unet), unet.config.image_size

@@ -131,6 +131,8 @@ def main(args: argparse.Namespace) -> None:
     cached = uniform(args.steps, args.interval, args.branch)
     if args.plan:
         best = recipe_from_file(args.plan, guidance=prompts.guidance)
+        if best.eta or best.entry.noise == "variance":
+            raise ValueError(f"--plan {args.plan} draws noise at each step, and so other pictures than DDIM")
     else:
         best = best_plan(unet, weights, prompts.guidance, cached)
     ddim = f"DDIM, {args.steps} steps"
