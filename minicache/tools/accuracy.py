@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def main(args: argparse.Namespace) -> None:
     if unet.vocabulary is None:
         raise ValueError(f"--ckpt {args.ckpt} knows no words")
     if words.vocabulary().words != unet.vocabulary.words:
-        raise ValueError(f"--data {args.data} has other words than --ckpt {args.ckpt}, which has not seen it")
+        doubt = "was it trained on these captions, and no others? Else, the groups mean nothing"
+        warnings.warn(f"{args.data} has not just the words that {args.ckpt} knows: {doubt}", stacklevel=2)
     if unet.config.in_channels != 3:
         raise ValueError(f"pictures of 3 channels are judged, and {args.ckpt} draws {unet.config.in_channels}")
     recipe, weights, size = chosen_recipe(args, unet.vocabulary), fingerprint(unet), unet.config.image_size
