@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -151,7 +152,8 @@ def from_emoji(folders: list[Path], categories: tuple[str, ...]) -> Captioned:
             rows = [row for row in rows if not {row["category"], row["subcategory"]} & LEFT_OUT]
             known = {row["category"] for row in rows}
             rows = [row for row in rows if row["category"] in categories]
-            said = [(folder / row["image"], words_in(" ".join([row["name"], *row["short_names"]]))) for row in rows]
+            named = [(row["image"], re.sub(r"\d", " ", " ".join([row["name"], *row["short_names"]]))) for row in rows]
+            said = [(folder / image, words_in(name)) for image, name in named]
         if not categories or set(categories) - known:
             raise ValueError(f"categories={', '.join(categories)}: need some of {', '.join(sorted(known))}")
         for file, words in said:

@@ -21,11 +21,11 @@ LONGEST = 1 << 24  # bytes of a file of prompts
 
 def words_in(caption: str) -> list[str]:
     """Lower-case words of the letters a to z, without accents, each once, in the order of their first occurrence:
-    "Red, red rosé" -> red, rose. ValueError for other letters, without which other words would be left."""
+    "Red, red rosé" -> red, rose. ValueError for digits and other letters, without which other words are left."""
     parts = unicodedata.normalize("NFD", caption.casefold())  # an accent is a part of its own
     plain = "".join(part for part in parts if not unicodedata.combining(part))
-    if other := next((letter for letter in plain if letter.isalpha() and not letter.isascii()), None):
-        raise ValueError(f"{caption[:80]!r} has the letter {other!r}; words are of the letters a to z")
+    if other := next((sign for sign in plain if sign.isalnum() and not "a" <= sign <= "z"), None):
+        raise ValueError(f"{caption[:80]!r} has the sign {other!r}; words are of the letters a to z")
     return list(dict.fromkeys(re.findall(r"[a-z]+", plain)))
 
 

@@ -169,6 +169,7 @@ def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
             ["--budget", "9", "2", "--sampler", "ddim", "--steps", "10", "--out", "folder"],
             "no plan of 10 steps costs 2 ",
         ),
+        (["--budget", "4", "--sampler", "ddim", "--steps", "4"], "--budget 4 pays for all 4 steps, 4 full passes"),
         (["--sampler", "plms", "--steps", "1"], "--steps 1 must be"),
         (["--sampler", "ddpm"], "--sampler and --steps go together"),
         (["--steps", "10"], "--sampler and --steps go together"),

@@ -196,7 +196,7 @@ def test_recipes_of_anything(tmp_path_factory, recipe, data):
         assert Recipe.load(path) == loaded
 
 
-LATIN = st.text("abcxyzABZßéÉñüǚ 19_.,'-\n\0", max_size=20)  # what words_in takes
+LATIN = st.text("abcxyzABZßéÉñüǚ _.,'-\n\0", max_size=20)  # what words_in takes
 
 
 @quick

@@ -195,6 +195,8 @@ def main(args: argparse.Namespace) -> None:
     least = 0 if whole is None else task.cost(uniform(whole.plan.steps, whole.plan.steps, 1))
     if wrong := [budget for budget in args.budget if budget < least]:
         raise ValueError(f"no plan of {args.steps} steps costs {wrong[0]:.3g} full passes or less")
+    if whole and (idle := [budget for budget in args.budget if budget >= task.cost(whole.plan)]):
+        raise ValueError(f"--budget {idle[0]:g} pays for all {args.steps} steps, {task.cost(whole.plan):g} full passes")
     limit = whole or finest(task)
     limit.timesteps(unet.diffusion)  # refuses now what it would refuse later
     out, stem = Path(args.out), Path(args.ckpt).stem + (f"-g{prompts.guidance:g}" if prompts.texts else "")
