@@ -142,8 +142,8 @@ def all_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
 def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
     """Those of images. A warning tells of pictures of other kinds, which are left out."""
     files = all_files(path)
-    others = [name for name, _ in files if not is_image(name) and (guess_type(name)[0] or "").startswith("image/")]
-    if others := [name for name in others if not Path(name).name.startswith("._")]:
+    pictures = [name for name, _ in files if (guess_type(name)[0] or "").startswith("image/")]
+    if others := [name for name in pictures if not (is_image(name) or of_macos(name))]:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         warnings.warn(f"left out of {path}: {others[0]}{more}; taken are {', '.join(SUFFIXES)}", stacklevel=2)
     return [(name, content) for name, content in files if is_image(name)]
@@ -195,7 +195,11 @@ def read_images(path: Path, image_size: int | None) -> Tensor:
 
 
 def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not Path(name).name.startswith("._")  # macOS puts ._name beside each
+    return name.lower().endswith(SUFFIXES) and not of_macos(name)
+
+
+def of_macos(name: str) -> bool:
+    return Path(name).name.startswith("._")  # it puts ._name beside each name
 
 
 def shapes(n: int, size: int, generator: torch.Generator) -> Tensor:

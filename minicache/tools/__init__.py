@@ -178,6 +178,12 @@ def prepare_out(out: Path, endings: tuple[str, ...], folder: bool = True) -> Non
             raise ValueError(f"--out {out}: no file of that name can be written ({error.strerror})") from None
 
 
+def refuse_older(out: Path) -> None:
+    """ValueError where the file is there already: a checkpoint or a recipe is worth more than a picture."""
+    if out.is_file():
+        raise ValueError(f"{out} exists, and is perhaps the work of hours; choose another --out, or remove it")
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and try it, before the work. ValueError where it cannot be made or written to."""
     try:

@@ -36,7 +36,7 @@ from minicache.plan import CachePlan, from_refreshes, uncached, uniform
 from minicache.recipe import Recipe
 from minicache.samplers import SAMPLERS, passes
 from minicache.sampling import sample
-from minicache.tools import Parser, at_least, markdown, prepare_out, refuse_unworded
+from minicache.tools import Parser, at_least, markdown, prepare_out, refuse_older, refuse_unworded
 from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
 
@@ -126,15 +126,16 @@ def fixed(task: Task, whole: Recipe, budget: float) -> Iterator[Recipe]:
 
 def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, known: Any) -> tuple[Recipe, list[Recipe]]:
     """The recipe that is best on CHECK, and the others that it was compared with; the best so far is kept in `out`."""
-    begun = False
+    found: dict[bool, Recipe] = {}  # the best fit with a cache, and without
     if args.steps is None:
         shelf = off_the_shelf(task, int(budget / task.cost(uncached(1)) + 1e-9))
-        rivals, found = nearest(task, shelf, known("short")), {}
+        rivals = nearest(task, shelf, known("short"))
         with tqdm(fits(task, known("path"), budget), desc=f"budget {budget:g}", unit="fit", disable=None) as bar:
             for recipe in bar:
                 bar.set_postfix_str(f"error {recipe.error:.4f}")
+                if not found:  # nothing is saved yet, and another process may have been quicker
+                    refuse_older(out)
                 if all(recipe.error <= other.error for other in found.values()):
-                    begun = begun or refuse_older(out)  # again, as another process may have been quicker
                     recipe.save(out)  # whoever interrupts the search keeps the best so far
                 found[len(recipe.plan.refresh) < recipe.plan.steps] = recipe
         candidates = [*found.values(), *rivals]
@@ -143,17 +144,11 @@ def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, kno
     target = known("check")
     scored = [replace(r, error=relative_l2(task.images(r, CHECK), target).mean().item()) for r in candidates]
     best = min(scored, key=lambda recipe: recipe.error)
-    begun = begun or refuse_older(out)
+    if not found:
+        refuse_older(out)
     best.save(out)
     shelf = sorted((r for r in scored if isinstance(r.sampler, str)), key=lambda r: r.error)
     return best, [*(r for r in scored if not isinstance(r.sampler, str)), *shelf[: 3 if args.steps else 1]]
-
-
-def refuse_older(out: Path) -> bool:
-    """ValueError where a recipe is there already, perhaps better than the first that would be saved; else True."""
-    if out.is_file():
-        raise ValueError(f"{out} exists, and may be the work of hours; choose another --out, or remove it")
-    return True
 
 
 def report(task: Task, compared: list[Recipe], target: Tensor) -> str:

@@ -27,7 +27,7 @@ from minicache.files import replacing
 from minicache.images import to_tensor
 from minicache.placement import choose_device, fastest_dtype
 from minicache.tensors import write
-from minicache.tools import Parser, at_least, prepare_out
+from minicache.tools import Parser, at_least, prepare_out, refuse_older
 
 FEATURES = 128
 CLASSES = 10
@@ -150,8 +150,7 @@ def main(args: argparse.Namespace) -> None:
     if (out := Path(args.out)).is_dir():
         raise ValueError(f"--out {out} is a folder; give a file")
     prepare_out(out, (".pt",), folder=False)
-    if out.exists():
-        raise ValueError(f"{out} exists, and is perhaps the work of hours; choose another --out, or remove it")
+    refuse_older(out)
     classifier = train(images, labels, args.epochs, args.batch_size, args.lr, choose_device(args.device))
     state = {
         name: tensor.cpu().half() for name, tensor in classifier.state_dict().items() if tensor.is_floating_point()
