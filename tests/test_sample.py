@@ -368,7 +368,8 @@ def test_picture_i_shows_prompt_i(worded, tmp_path, capsys):
     again = drawn(tmp_path / "b.npz", "--ckpt", worded, "--prompts", str(tmp_path / "p.txt"), *flags)
     assert np.abs(images.astype(int) - again).max() <= 1
     (tmp_path / "p.txt").write_text("cat face\nred\n" * 2 + "xylophone\n")  # what no picture shows is not encoded
-    again = drawn(tmp_path / "c.npz", "--ckpt", worded, "--prompts", str(tmp_path / "p.txt"), *flags)
+    with pytest.warns(UserWarning, match="of 5 prompts or classes, the first 4 are drawn; --num 5 draws all"):
+        again = drawn(tmp_path / "c.npz", "--ckpt", worded, "--prompts", str(tmp_path / "p.txt"), *flags)
     assert np.abs(images.astype(int) - again).max() <= 1
     assert "guidance 3, which takes two passes a step" in capsys.readouterr().out
     with pytest.raises(ValueError, match="was made with another prompts"):

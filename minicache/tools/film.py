@@ -121,7 +121,8 @@ def main(args: argparse.Namespace) -> None:
     if unet.config.adm or unet.config.in_channels not in (1, 3):
         raise ValueError(f"{args.ckpt} draws latents, or other channels than a picture's 1 or 3")
     refuse_unworded(args.ckpt, unet)
-    weights, asked = fingerprint(unet), {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed}
+    weights = fingerprint(unet)
+    asked = {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed, "num": args.num}
     if args.plan:
         plan = Recipe.load(args.plan)
         plan.settings(weights)  # is it for this network?
