@@ -44,7 +44,7 @@ from minicache.recipe import recipe_from, recipe_from_file, shipped_recipe
 from minicache.samplers import SAMPLERS
 from minicache.sampling import STEPS
 from minicache.shards import ImageSet, fill, rank_and_world
-from minicache.tools import Parser, at_least, prepare_out, run
+from minicache.tools import Parser, at_least, prepare_out, run, tell_of_rest
 from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
 
@@ -57,7 +57,7 @@ Finish = Callable[[Tensor], np.ndarray]  # what sampling leaves behind -> uint8 
 
 def main(args: argparse.Namespace) -> None:
     at_least(args, num=1, batch_size=1)
-    at_least(args, most=2**62, seed=0)
+    at_least(args, most=2**32 - args.num, seed=0)
     seeds, out = range(args.seed, args.seed + args.num), Path(args.out)
     recipe = chosen_recipe(args)
     rank, world = rank_and_world()
@@ -82,6 +82,7 @@ def main(args: argparse.Namespace) -> None:
     if args.plan and unet.config.context_dim:
         asked["guidance"] = recipe.guidance
     prompts = prompts_for(args.ckpt, unet, words, **asked)
+    tell_of_rest(args, prompts)
     recipe = recipe or recipe_within(args, unet, weights, prompts.guidance)
     recipe = recipe if args.plan else replace(recipe, guidance=prompts.guidance)
     recipe = recipe if args.clip is None else replace(recipe, clip_x0=args.clip)

@@ -88,7 +88,7 @@ class Settings:
 
     def __post_init__(self):
         at_least(self, steps=1, batch_size=1, preview_every=1, save_every=1)
-        at_least(self, most=2**32, seed=0)
+        at_least(self, most=2**32 - 1, seed=0)
         if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.ema < 1 > self.jitter >= 0):
             said = ", ".join(f"{name}={getattr(self, name)}" for name in ("lr", "weight_decay", "ema", "jitter"))
             raise ValueError(f"need finite lr > 0 and weight_decay >= 0, ema and jitter at least 0 and below 1: {said}")

@@ -115,15 +115,14 @@ def denoise(
     cache: Callable[[CachePlan], PlanCache] = PlanCache,
     **settings,
 ) -> Iterator[Step]:
-    """Denoise one batch, and yield a Step after each step.
+    """Denoise one batch, and yield a Step after each step. ValueError says what is wrong.
 
-    seeds: one whole number an image; all of its noise (x_T, then each step's z) comes from it alone, on the CPU, so
-    an image does not depend on its batch or device. x_T [B, C, H, W]: start here instead (stochastic samplers need
-    seeds as well). context [B or 1, K] ids or [B or 1, K, context_dim]: what to draw; None: the null context.
+    seeds: a whole number below 2**32 an image; all of its noise (x_T, then each step's z) comes from it alone, on the
+    CPU, so an image does not depend on its batch or device. x_T [B, C, H, W]: start here instead (stochastic samplers
+    need seeds as well). context [B or 1, K] ids or [B or 1, K, context_dim]: what to draw; None: the null context.
     negative, likewise: what guidance leads away from; None: the null context. steps: how many timesteps are visited;
-    None: as many as the plan's, or STEPS. plan: what to cache; None: nothing. cache: what keeps the features, made from
-    the plan for each batch. settings: the other fields of Settings (sampler, spacing, eta, variance, clip_x0, start,
-    guidance). ValueError says what is wrong.
+    None: the plan's, or STEPS. plan: what to cache; None: nothing. cache: makes what keeps the features of a batch.
+    settings: the other fields of Settings (sampler, spacing, eta, variance, clip_x0, start, guidance).
     """
     if unet.training and getattr(unet.config, "dropout", 0):
         raise ValueError("the network is in training mode, where dropout spoils its output: call unet.eval() first")
@@ -138,15 +137,17 @@ def denoise(
     stochastic = s.entry.noise == "variance" or s.eta > 0
     if seeds is None and (x_T is None or stochastic):
         raise ValueError("seeds are needed: for x_T, or for the noise of a stochastic sampler")
-    seeds = None if seeds is None else list(seeds)
-    if seeds is not None and (not seeds or (x_T is not None and len(seeds) != len(x_T))):
+    seeds = None if seeds is None else [index(seed) for seed in seeds]
+    if wrong := [seed for seed in seeds or () if not 0 <= seed < 2**32]:  # torch's generator takes 32 bits of it
+        raise ValueError(f"the seed {wrong[0]} must be at least 0 and at most {2**32 - 1}")
+    if seeds == [] or (seeds and x_T is not None and len(seeds) != len(x_T)):
         raise ValueError(f"{len(seeds)} seeds for {'no' if x_T is None else len(x_T)} images; need one for each")
     shape = (unet.config.in_channels, unet.config.image_size, unet.config.image_size)
     if x_T is not None and x_T.shape[1:] != shape:
         raise ValueError(f"x_T has shape {list(x_T.shape)}; need [B, {shape[0]}, {shape[1]}, {shape[2]}]")
 
     device = next(unet.parameters()).device
-    generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds or ()]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
 
     def noise() -> Tensor:
         draws = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +110,7 @@ def prompts_for(
 
     name: the network's. words: what it understands, a Vocabulary or its like; None: nothing, or classes. prompts: a
     file of a prompt a line. seed: of the first picture. num: of pictures; no more prompts are encoded, as a file may
-    hold many, and a warning tells of the rest. ValueError for what the network does not understand.
+    hold many. ValueError for what the network does not understand.
     """
     asked = {"prompt": prompt, "prompts": prompts, "class": label, "negative": negative, "guidance": guidance}
     flag = next((flag for flag, value in asked.items() if value is not None), None)
@@ -124,13 +123,10 @@ def prompts_for(
             raise ValueError(f"{name} takes a context of tokens, which Python alone can give it")
         if prompt or prompts or negative or not label:
             raise ValueError(f"{name} knows classes, not words: say which with --class")
-        tell_of_rest(label, num)
         return Prompts(*classes(label, unet.config), seed, CLASS_GUIDANCE if guidance is None else guidance)
     if label:
         raise ValueError(f"--class: {name} knows words, not classes: use --prompt")
-    given = [*(prompt or ()), *(lines_of(prompts) if prompts else ())]
-    tell_of_rest(given, num)
-    texts = given or list(words.examples)
+    texts = [*(prompt or ()), *(lines_of(prompts) if prompts else ())] or list(words.examples)
     if not texts:
         if flag and (flag, guidance) != ("guidance", 1):  # which asks for no prompt to be followed
             raise ValueError(f"--{flag}, or guidance of a plan, needs prompts, as {name} has no examples")
@@ -140,13 +136,6 @@ def prompts_for(
         negative = ""  # there is no null token, but an empty prompt
     away = None if negative is None else words.encode(negative)
     return Prompts(texts, words.encode(*texts[:num]), seed, guidance, away)
-
-
-def tell_of_rest(given: Sized, num: int | None) -> None:
-    """Warn where more prompts or classes are given than there are pictures to show them."""
-    if num is not None and len(given) > num:
-        told = f"of {len(given)} prompts or classes, the first {num} are drawn; --num {len(given)} draws all"
-        warnings.warn(told, stacklevel=3)
 
 
 def classes(labels: list[int], config: UNetConfig) -> tuple[list[str], Tensor]:

@@ -161,15 +161,16 @@ def test_an_interrupted_search_keeps_the_best(net, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--budget", "1"], "--budget 1: .* can be fitted for 2 to 12 full passes"),
+        (["--budget", "1"], "--budget 1: a sampler can be fitted for 2 to 12 full passes"),
         (["--budget", "nan"], "--budget nan: "),
         (["--budget", "4", "inf", "--out", "folder"], "--budget inf: "),
         (["--budget", "3", "4", "--out", "x.json"], "2 budgets need a folder"),
         (
             ["--budget", "9", "2", "--sampler", "ddim", "--steps", "10", "--out", "folder"],
-            "no plan of 10 steps costs 2 ",
+            "--budget 2: the 10 steps cost at least 2.195 full passes with a cache, and 10 without",
         ),
-        (["--budget", "4", "--sampler", "ddim", "--steps", "4"], "--budget 4 pays for all 4 steps, 4 full passes"),
+        (["--budget", "4", "--sampler", "ddim", "--steps", "4"], "--budget 4: the 4 steps cost .*, and 4 without"),
+        (["--budget", "nan", "--sampler", "ddim", "--steps", "4"], "--budget nan: "),
         (["--sampler", "plms", "--steps", "1"], "--steps 1 must be"),
         (["--sampler", "ddpm"], "--sampler and --steps go together"),
         (["--steps", "10"], "--sampler and --steps go together"),
@@ -195,10 +196,13 @@ def test_a_long_name_of_a_checkpoint_is_refused_before_the_search(net, tmp_path,
         run("--ckpt", tmp_path / ("x" * 235 + ".pt"), "--budget", 4, "--out", tmp_path / "r")
 
 
-def test_no_plan_within_the_budget(net, tmp_path):
-    with pytest.raises(ValueError, match="no plan of 10 steps costs 2 full passes or less"):
-        run("--ckpt", net, "--sampler", "ddim", "--steps", 10, "--budget", 2, "--out", tmp_path / "r.json")
+def test_the_least_budget_that_is_told_is_enough(net, tmp_path):
+    flags = ["--ckpt", net, "--sampler", "ddim", "--steps", 2, "--out", tmp_path / "r.json"]
+    with pytest.raises(ValueError, match="--budget 1: the 2 steps cost at least") as error:
+        run(*flags, "--budget", 1)
     assert not [*tmp_path.iterdir()]
+    run(*flags, "--budget", re.search(r"at least ([\d.]+)", str(error.value))[1])
+    assert Recipe.load(tmp_path / "r.json").plan.refresh == (0,)
 
 
 def test_networks_that_cannot_be_fitted(worded, tmp_path):

@@ -240,6 +240,7 @@ BAD = [
     (["--device", "meta"], "device meta cannot be used here"),
     (["--budget", "inf"], "--budget inf must be positive and finite"),
     (["--seed", "99999999999999999999"], "--seed 99999999999999999999 must be at least 0 and at most"),
+    (["--num", "3", "--seed", "4294967294"], "--seed 4294967294 must be at least 0 and at most 4294967293"),
     (["--num", "2501"], "--num 2501: a .png holds 2500 pictures at most"),
     (["--num", "101", "--out", "{dir}/x.gif"], "--num 101: a .gif holds 100 pictures at most"),
     (["--ckpt", "{dir}/five.pt"], "five.pt draws 5 channels, as no picture has; an .npz holds them"),

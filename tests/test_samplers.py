@@ -379,6 +379,8 @@ def test_steps_tell_what_happened(unet):
         ({"steps": 10, "plan": uniform(5, 2)}, "contradicts"),
         ({"seeds": None}, "seeds are needed"),
         ({"seeds": []}, "0 seeds"),
+        ({"seeds": [0, 2**32]}, "the seed 4294967296 must be at least 0 and at most 4294967295"),
+        ({"seeds": [-1]}, "the seed -1 must be"),
         ({"seeds": None, "x_T": noise(1, 3, 16, 16), "sampler": "ddpm"}, "seeds are needed"),
         ({"x_T": noise(2, 3, 16, 16)}, "1 seeds for 2"),
         ({"x_T": noise(1, 3, 8, 8)}, "x_T has shape"),

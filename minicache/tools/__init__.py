@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from minicache.files import lies_in, temporary_for
 from minicache.reading import read_whole, understood
 from minicache.unet import UNet
+from minicache.words import Prompts
 
 # torch's words, on every device
 TOO_LITTLE_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "size calculation overflowed",
@@ -197,6 +198,14 @@ def refuse_unworded(ckpt: str, unet: UNet) -> None:
     """ValueError for a network that must be told what to draw, but not in words: to be called where no flag says it."""
     if unet.config.context_dim and unet.vocabulary is None:
         raise ValueError(f"--ckpt {ckpt} takes a context, but no words: this command knows only prompts of words")
+
+
+def tell_of_rest(args: Any, prompts: Prompts) -> None:
+    """Warn where more prompts or classes are asked for than there are pictures, --num, to show them."""
+    asked = any(getattr(args, name, None) for name in ("prompt", "prompts", "label"))
+    if asked and (many := len(prompts.texts)) > args.num:
+        told = f"of {many} prompts or classes, the first {args.num} are drawn; --num {many} draws all"
+        warnings.warn(told, stacklevel=2)
 
 
 def refuse_others(out: str, names: Sequence[str], ours: Callable[[str], bool], apart: str | None = None) -> None:

@@ -124,6 +124,20 @@ def fixed(task: Task, whole: Recipe, budget: float) -> Iterator[Recipe]:
             yield from (replace(whole, plan=each) for each in (plan, linear, forecast(task.unet, **settings)))
 
 
+def refuse_budgets(task: Task, budgets: list[float], whole: Recipe | None) -> None:
+    """ValueError for a budget that pays for too few steps, or for all, where a cache has nothing to save."""
+    if whole is None:
+        least, most = task.cost(uncached(2)), task.cost(uncached(FINEST["steps"]))
+        if wrong := [budget for budget in budgets if not least <= budget <= most]:
+            raise ValueError(f"--budget {wrong[0]:g}: a sampler can be fitted for {least:g} to {most:g} full passes")
+    else:
+        steps = whole.plan.steps
+        least, most = task.cost(uniform(steps, steps, 1)), task.cost(whole.plan)
+        if wrong := [budget for budget in budgets if not least <= budget < most]:
+            said = f"at least {least + 5e-4:.3f} full passes with a cache, and {most:g} without"
+            raise ValueError(f"--budget {wrong[0]:g}: the {steps} steps cost {said}")
+
+
 def best_for(task: Task, args: argparse.Namespace, budget: float, out: Path, known: Any) -> tuple[Recipe, list[Recipe]]:
     """The recipe that is best on CHECK, and the others that it was compared with; the best so far is kept in `out`."""
     found: dict[bool, Recipe] = {}  # the best fit with a cache, and without
@@ -181,17 +195,8 @@ def main(args: argparse.Namespace) -> None:
     asked = {"prompts": args.prompts, "guidance": args.guidance, "num": CHECK.stop}  # more than any seed
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
     task = Task(place(unet, placement), weights, prompts)
-    step = task.cost(uncached(1))
-    most = (FINEST["steps"] if args.steps is None else unet.diffusion.num_timesteps) * step  # those of the reference
-    for budget in args.budget:
-        if not 2 * step <= budget <= most:
-            raise ValueError(f"--budget {budget:g}: {args.ckpt} can be fitted for {2 * step:g} to {most:g} full passes")
     whole = None if args.steps is None else task.recipe(uncached(passes(args.steps, args.sampler)), args.sampler)
-    least = 0 if whole is None else task.cost(uniform(whole.plan.steps, whole.plan.steps, 1))
-    if wrong := [budget for budget in args.budget if budget < least]:
-        raise ValueError(f"no plan of {args.steps} steps costs {wrong[0]:.3g} full passes or less")
-    if whole and (idle := [budget for budget in args.budget if budget >= task.cost(whole.plan)]):
-        raise ValueError(f"--budget {idle[0]:g} pays for all {args.steps} steps, {task.cost(whole.plan):g} full passes")
+    refuse_budgets(task, args.budget, whole)
     limit = whole or finest(task)
     limit.timesteps(unet.diffusion)  # refuses now what it would refuse later
     out, stem = Path(args.out), Path(args.ckpt).stem + (f"-g{prompts.guidance:g}" if prompts.texts else "")

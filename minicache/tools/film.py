@@ -26,7 +26,7 @@ from minicache.images import BAND, default_font, fitted, grid, picture, to_uint8
 from minicache.plan import CachePlan, uncached, uniform
 from minicache.recipe import Recipe, recipe_from_file, shipped_recipe
 from minicache.sampling import STEPS, denoise
-from minicache.tools import Parser, at_least, prepare_out, refuse_unworded
+from minicache.tools import Parser, at_least, prepare_out, refuse_unworded, tell_of_rest
 from minicache.unet import UNet
 from minicache.words import prompts_for
 
@@ -121,14 +121,14 @@ def main(args: argparse.Namespace) -> None:
     if unet.config.adm or unet.config.in_channels not in (1, 3):
         raise ValueError(f"{args.ckpt} draws latents, or other channels than a picture's 1 or 3")
     refuse_unworded(args.ckpt, unet)
-    weights = fingerprint(unet)
-    asked = {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed, "num": args.num}
+    weights, asked = fingerprint(unet), {"prompt": args.prompt, "guidance": args.guidance, "seed": args.seed}
     if args.plan:
         plan = Recipe.load(args.plan)
         plan.settings(weights)  # is it for this network?
         if args.guidance is None and unet.config.context_dim:
             asked["guidance"] = plan.guidance
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
+    tell_of_rest(args, prompts)
     cached = uniform(args.steps, args.interval, args.branch)
     if args.plan:
         best = recipe_from_file(args.plan, guidance=prompts.guidance)
