@@ -124,7 +124,8 @@ def recipe_within(args: argparse.Namespace, unet: UNet, weights: str, guidance: 
     try:
         return shipped_recipe(unet, weights, args.budget, guidance)
     except ValueError as error:
-        if unet.config.context_dim and not unet.vocabulary:
+        too_small = args.budget < full_passes(unet, uncached(2), guidance)  # for calibrate, too
+        if too_small or (unet.config.context_dim and not unet.vocabulary):
             raise
         strength = f" --guidance {guidance:g}" if unet.vocabulary else ""
         what = f"--ckpt {args.ckpt}{strength} --budget {args.budget:g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ def from_csv(path: Path) -> Captioned:
             words = words_in(caption)
         if not words:
             raise ValueError(f"{where}: the caption {caption!r} of {file} has no words of letters a to z")
-        found.append((path.parent / file, caption, " ".join(words)))
+        whole = Path(os.path.realpath(path.parent / file))  # c.png and ../pictures/c.png are one picture
+        found.append((whole, caption, " ".join(words)))
     if not found:
         raise ValueError(f"{path} names no pictures")
     (file, said), often = Counter((file, said) for file, _, said in found).most_common(1)[0]

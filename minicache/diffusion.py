@@ -34,10 +34,9 @@ class Diffusion:
         betas = (self.beta_start, self.beta_end)
         if not all(type(beta) is float for beta in betas) or not 1e-9 <= self.beta_start <= self.beta_end < 1:
             raise ValueError(f"need floats 1e-9 <= beta_start <= beta_end < 1, not {betas[0]!r} and {betas[1]!r}")
-        if self.variance not in VARIANCES:
-            raise ValueError(f"variance={self.variance!r} is none of {', '.join(VARIANCES)}")
-        if self.beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(f"beta_schedule={self.beta_schedule!r} is none of {', '.join(BETA_SCHEDULES)}")
+        for name, allowed in (("variance", VARIANCES), ("beta_schedule", BETA_SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
         if self.alphas_bar[-1] < 1e-30:
             raise ValueError(f"beta_end={self.beta_end} leaves nothing of an image after {self.num_timesteps} steps")
 
@@ -80,8 +79,7 @@ class Diffusion:
 
         spacing: one of SPACINGS, or rho<number>. logsnr and rho are even in log s and in s ** (1 / rho), where
         s = sqrt(1 - abar) / sqrt(abar) (Karras et al. 2022, Eq. 5, for all of T - 1..0); most lie between whole t.
-        start: only timesteps below start; the first is then start - 1. ValueError where it is another, or t = 0, or
-        where there are not so many.
+        start: only timesteps below start, the first is start - 1. ValueError where there are no such timesteps.
         """
         check_spacing(spacing)
         S, T = steps, min(start or self.num_timesteps, self.num_timesteps)
@@ -95,7 +93,9 @@ class Diffusion:
             ts = [round((i + 1) * T / S) - 1 for i in range(S)]
         elif spacing == "linspace":
             ts = np.linspace(0, T - 1, S).round().astype(int).tolist()
-        elif spacing == "offset":  # latent diffusion's: uniform's, one later, for a last step that ends at t = 0
+        elif spacing == "offset":  # latent diffusion's: from t = 1 on, for a last step that ends at t = 0
+            if T % S > T / 10:  # so many are left out, the noisiest ones
+                raise ValueError(f"steps={S} with spacing='offset' begin far below {T - 1}: take {T // (T // S + 1)}")
             ts = [i * (T // S) + 1 for i in range(S)]
         else:
             ends = [sqrt(1 / self.alpha_bar(t) - 1) for t in (0, T - 1)]

@@ -87,6 +87,15 @@ def test_the_other_style_counts(folder, monkeypatch):
     assert rows["held out"][1] == rows["trained"][1] == "1"
 
 
+def test_a_picture_may_have_several_captions(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for k in range(4):
+        Image.new("RGB", (16, 16), tuple(200 * (k == c) for c in range(3))).save(tmp_path / "data" / f"{k}.png")
+    said = [f"{k}.png,{way} {'abcd'[k]}\n" for way in ("cat", "a picture of cat") for k in range(4)]
+    (tmp_path / "data" / "captions.csv").write_text("".join(said))
+    assert run(monkeypatch, tmp_path / "data")[1]["trained"] == ["8", "1", "0", "1", "0.25"]
+
+
 def test_plans_are_judged(folder, monkeypatch, tmp_path):
     Recipe(CachePlan(6, 1, (0, 4)), "plms", "linspace", guidance=1.0).save(tmp_path / "plan.json")
     painter, rows = run(monkeypatch, folder, "--plan", tmp_path / "plan.json", "--num", 1)

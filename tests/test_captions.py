@@ -101,6 +101,8 @@ def test_a_long_caption_makes_room_for_itself(tmp_path):
         ("a.png, ", "line 1: the caption '' of a.png has no words"),
         ("a.png,red кот", "line 1 is not a caption in words: 'red кот' has the sign 'к'"),
         ("a.png,Red cat\n./a.png,red cat", r"captions\.csv: a\.png has the caption 'red cat' 2 times"),
+        ("a.png,cat\n../{name}/a.png,cat", r"captions\.csv: a\.png has the caption 'cat' 2 times"),
+        ("a\0.png,cat", r"line 1: there is no picture 'a\\x00.png'"),
         ("a.png,digit 3", "line 1 is not a caption in words: 'digit 3' has the sign '3'"),
         ("a.png,!", "line 1: the caption '!' of a.png has no words"),
         (",a cat", "line 1: there is no picture ''"),
@@ -109,7 +111,8 @@ def test_a_long_caption_makes_room_for_itself(tmp_path):
     ],
 )
 def test_what_a_table_may_not_say(tmp_path, content, words):
-    pictures(tmp_path, "a.png").write_bytes(content if isinstance(content, bytes) else content.encode())
+    content = content if isinstance(content, bytes) else content.replace("{name}", tmp_path.name).encode()
+    pictures(tmp_path, "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=words):
         captioned(tmp_path)
 

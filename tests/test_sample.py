@@ -155,6 +155,8 @@ def test_budget_takes_the_nearest_plan_unless_it_costs_much_more():
         assert 0.8 * nearest <= full_passes(unet, plan) <= nearest
     with pytest.raises(ValueError, match=r"the cheapest plan .* costs 5.0 full passes: make one with .* --budget 3 "):
         recipe_within(parse(["--budget", "3"]), unet, fingerprint(unet))
+    with pytest.raises(ValueError, match=r"costs 5.0 full passes$"):  # for 1, calibrate can make none
+        recipe_within(parse(["--budget", "1"]), unet, fingerprint(unet))
 
 
 def test_a_plan_nearer_to_the_budget_but_much_over_it_is_passed_over():

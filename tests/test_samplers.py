@@ -79,6 +79,15 @@ def test_offset_needs_room_for_its_one():
         Diffusion().timesteps(1000, "offset")
 
 
+@pytest.mark.parametrize("steps, enough", [(334, 333), (350, 333), (501, 500), (999 - 300, 500)])
+def test_offset_begins_where_there_is_but_noise(steps, enough):
+    """T // S rounds down: 350 steps, 2 apart, would begin at t = 699 of 1000, as though that were pure noise."""
+    with pytest.raises(ValueError, match=f"steps={steps} with spacing='offset' begin far below 999: take {enough}"):
+        Diffusion().timesteps(steps, "offset")
+    assert Diffusion().timesteps(enough, "offset")[0] > 990
+    assert min(Diffusion().timesteps(S, "offset")[0] for S in range(10, 112)) > 890  # the usual ones are all taken
+
+
 def test_offset_ends_at_the_noise_of_t_0(unet):
     """x_0 = sqrt(a) x_0 + sqrt(1 - a) eps with a of t = 0, where other spacings end without noise."""
     last = list(denoise(unet, [0], steps=5, spacing="offset"))[-1]

@@ -60,18 +60,19 @@ def groups(words: Captioned, num: int) -> dict[str, list[int]]:
     return {name: indices for name, indices in found.items() if indices}
 
 
-def judged(names: tuple[str, ...], indices: list[int], cosines: Tensor) -> dict[str, Any]:
-    """A row of the table. cosines: [n, N], of the samples to all pictures; indices: of the samples' captions."""
-    ranked = cosines.topk(min(FIRST, len(names)), dim=1).indices.tolist()
-    right = [[names[other] == names[i] for other in row] for i, row in zip(indices, ranked)]
-    n = len(indices)
+def judged(told: list[str], shown: list[set[str]], cosines: Tensor) -> dict[str, Any]:
+    """A row of the table. told: the names of the samples' captions; shown: those of each picture, which may have
+    several; cosines: [n, N], of the samples to the pictures."""
+    ranked = cosines.topk(min(FIRST, len(shown)), dim=1).indices.tolist()
+    right = [[name in shown[k] for k in row] for name, row in zip(told, ranked)]
+    n = len(told)
     accuracy, among_first = sum(row[0] for row in right) / n, sum(map(any, right)) / n
     return {
         "n": n,
         "right": accuracy,
         "+-": math.sqrt(accuracy * (1 - accuracy) / n),
         f"among the {FIRST} nearest": among_first,
-        "by chance": sum(names.count(names[i]) for i in indices) / n / len(names),
+        "by chance": sum(name in names for name in told for names in shown) / n / len(shown),
     }
 
 
@@ -105,13 +106,18 @@ def main(args: argparse.Namespace) -> None:
     pictures = words.images(size)
     prepare_out(args.out, ())
     unet = place(unet, choose_placement(args.device, "float32", compile=False))
+    shown: dict[Path, set[str]] = {}
+    for file, name in zip(words.files, words.names):
+        shown.setdefault(file, set()).add(name)
+    once = [*{file: i for i, file in enumerate(words.files)}.values()]  # a picture with several captions is one
     known, training = features(to_tensor(pictures)), words.training()
     rows, sheet, labels = [], [], []
     for name, indices in groups(words, args.num).items():
         seeds = range(len(indices))
         drawn = sample(unet, seeds, context=ids[indices], batch_size=args.batch_size, progress=True, **settings).cpu()
         cosines = features(drawn) @ known.T
-        rows.append({"captions": name, **judged(words.names, indices, cosines)})
+        told = [words.names[i] for i in indices]
+        rows.append({"captions": name, **judged(told, [*shown.values()], cosines[:, once])})
         nearest = pictures[training][cosines[:SHOWN, training].argmax(dim=1)].numpy()
         sheet.append(np.concatenate([to_uint8(drawn[:SHOWN]), nearest], axis=2))
         labels += [f"{words.captions[i]} ({name})" for i in indices[:SHOWN]]

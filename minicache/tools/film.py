@@ -115,7 +115,7 @@ def best_plan(unet: UNet, weights: str, guidance: float, cached: CachePlan) -> R
 
 def main(args: argparse.Namespace) -> None:
     at_least(args, most=PICTURES, num=1)
-    at_least(args, seed=0)
+    at_least(args, most=2**32 - args.num, seed=0)
     prepare_out(args.out, (".gif",), folder=False)
     unet, seeds = load(args.ckpt), range(args.seed, args.seed + args.num)
     if unet.config.adm or unet.config.in_channels not in (1, 3):
