@@ -82,7 +82,8 @@ def main(args: argparse.Namespace) -> None:
     if args.plan and unet.config.context_dim:
         asked["guidance"] = recipe.guidance
     prompts = prompts_for(args.ckpt, unet, words, **asked)
-    tell_of_rest(args, prompts)
+    if args.prompt or args.prompts or args.label:
+        tell_of_rest(prompts, args.num)
     recipe = recipe or recipe_within(args, unet, weights, prompts.guidance)
     recipe = recipe if args.plan else replace(recipe, guidance=prompts.guidance)
     recipe = recipe if args.clip is None else replace(recipe, clip_x0=args.clip)

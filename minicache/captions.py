@@ -55,22 +55,27 @@ class Captioned:
         return Vocabulary(tuple(words), max(LENGTH, *map(len, said)), examples=tuple(examples))
 
     def held_out(self) -> list[int]:
-        """Which pictures no training sees: HELD_OUT of all, each of a name whose other picture stays.
+        """The captions of pictures that no training sees: HELD_OUT of all, each of names whose other pictures stay.
 
         They are drawn from the names that have two pictures, always the same ones; there may be fewer, or none.
         """
-        places: dict[str, list[int]] = {}
-        for i, name in enumerate(self.names):
-            places.setdefault(name, []).append(i)
-        pairs = [places[name] for name in sorted(places) if len(places[name]) == 2]
-        random = np.random.RandomState(0)
-        drawn = random.permutation(len(pairs))[: round(HELD_OUT * len(self.names))]
-        return sorted(pairs[k][random.randint(2)] for k in drawn)
+        shows: dict[str, list[Path]] = {}  # a picture may have several names, and a name several pictures
+        names: dict[Path, list[str]] = {}
+        for file, name in zip(self.files, self.names):
+            shows.setdefault(name, []).append(file)
+            names.setdefault(file, []).append(name)
+        pairs = [shows[name] for name in sorted(shows) if len(shows[name]) == 2]
+        random, held_out = np.random.RandomState(0), set()
+        for k in random.permutation(len(pairs)):
+            if len(held_out) < round(HELD_OUT * len(names)):
+                drawn = pairs[k][random.randint(2)]
+                if all({*shows[name]} - held_out - {drawn} for name in names[drawn]):
+                    held_out.add(drawn)
+        return [i for i, file in enumerate(self.files) if file in held_out]
 
     def training(self) -> list[int]:
-        """The other pictures."""
-        held_out = {self.files[i] for i in self.held_out()}  # which may have several captions
-        return [i for i, file in enumerate(self.files) if file not in held_out]
+        """The other captions."""
+        return sorted({*range(len(self.files))} - {*self.held_out()})
 
     def source(self, vocabulary: Vocabulary, image_size: int) -> CaptionedSource:
         """A function draw(n, generator) -> x0 [n, 3, S, S] in [-1, 1], ids [n, length], some of them 0 (DROPOUT).

@@ -112,14 +112,15 @@ def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below, also where links lead, but each folder once. OSError where it may not look."""
+    """The files in a folder and below, also where links lead, but each folder once; none of hidden folders, such as
+    .ipynb_checkpoints, which has old copies. OSError where it may not look."""
 
     def refuse(error: OSError) -> None:
         raise error
 
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        folders.sort()  # so that of two ways to a folder it is always the same one
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two ways to one, always the same
         if (real := os.path.realpath(root)) in seen:
             folders.clear()
         else:
@@ -135,6 +136,7 @@ def all_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
         with understood(path, "a zip that can be read"):
             archive = zipfile.ZipFile(path)
         members = sorted(archive.infolist(), key=lambda member: member.filename)
+        members = [each for each in members if not any(part.startswith(".") for part in Path(each.filename).parts[:-1])]
         return [(member.filename, partial(unzip, archive, member)) for member in members]
     raise ValueError(f"{path} is no folder or zip of images")
 

@@ -109,7 +109,7 @@ class CachedUNet(nn.Module):
         **others,
     ) -> Any:
         """UNet2DConditionModel's; ValueError for arguments that our network has nothing for."""
-        if given := [name for name, value in others.items() if value is not None]:
+        if given := [name for name, value in others.items() if value not in (None, {})]:
             raise ValueError(f"deepcache cannot take {given[0]}, which changes the network from outside")
         t, now = float(torch.as_tensor(timestep).max()), self.trajectories.get(encoder_hidden_states)
         same = now and now.timesteps is self.timesteps() and now.shape == sample.shape

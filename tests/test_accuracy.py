@@ -1,5 +1,6 @@
 """The judge of prompts: what it calls right, on a stand-in network that paints what it is told, or something else."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -92,8 +93,9 @@ def test_a_picture_may_have_several_captions(tmp_path, monkeypatch):
     for k in range(4):
         Image.new("RGB", (16, 16), tuple(200 * (k == c) for c in range(3))).save(tmp_path / "data" / f"{k}.png")
     said = [f"{k}.png,{way} {'abcd'[k]}\n" for way in ("cat", "a picture of cat") for k in range(4)]
-    (tmp_path / "data" / "captions.csv").write_text("".join(said))
-    assert run(monkeypatch, tmp_path / "data")[1]["trained"] == ["8", "1", "0", "1", "0.25"]
+    shutil.copy(tmp_path / "data" / "3.png", tmp_path / "data" / "copy.png")  # and it may have several files
+    (tmp_path / "data" / "captions.csv").write_text("".join([*said, "copy.png,a copy\n"]))
+    assert run(monkeypatch, tmp_path / "data")[1]["trained"] == ["9", "1", "0", "1", "0.25"]
 
 
 def test_plans_are_judged(folder, monkeypatch, tmp_path):

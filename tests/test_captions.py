@@ -117,16 +117,6 @@ def test_what_a_table_may_not_say(tmp_path, content, words):
         captioned(tmp_path)
 
 
-def test_no_picture_is_held_out_under_one_caption_and_trained_under_another(tmp_path):
-    rows = [f"{k}.png,{name} cat\n" for k, name in enumerate("aabbccddeeffgghhiijj")]
-    pictures(tmp_path, *(f"{k}.png" for k in range(20))).write_text(
-        "".join([*rows, *(f"{k}.png,dog {'abcdefghijklmnopqrst'[k]}\n" for k in range(20))])
-    )
-    words = captioned(tmp_path)
-    held_out = {words.files[i] for i in words.held_out()}
-    assert held_out and not held_out & {words.files[i] for i in words.training()}
-
-
 def test_no_words(tmp_path):
     assert captioned(tmp_path) is None and captioned("shapes") is None and captioned(tmp_path / "x.zip") is None
 
@@ -145,6 +135,16 @@ def test_a_picture_is_held_out_only_where_its_twin_stays():
     assert all(left.count(found.names[i]) == 1 for i in held_out) and max(held_out) < 200
     assert min(held_out) < 100 <= max(held_out)  # of both vendors
     assert made_up("a", "b", "c").held_out() == [] and made_up(*"aabb").held_out() == []
+
+
+def test_a_picture_of_several_captions_is_held_out_only_where_each_name_stays():
+    said = [(style, thing, k) for style in "ab" for thing in range(50) for k in range(5)]
+    files = tuple(Path(f"{style}{thing}") for style, thing, _ in said)
+    found = Captioned(files, names := tuple(f"{thing} in way {k}" for _, thing, k in said), names)
+    held_out, training = ({files[i] for i in part} for part in (found.held_out(), found.training()))
+    assert len(held_out) == 5 and len(training) == 95 and not held_out & training  # of pictures, not of captions
+    assert sorted(found.held_out() + found.training()) == list(range(500))
+    assert {names[i] for i in found.training()} == {*names}
 
 
 def test_a_source_draws_pictures_with_their_words_and_drops_some(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import os
+import shutil
 import struct
 import tarfile
 import threading
@@ -196,6 +197,18 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         source(str(tmp_path), 4)
     closing.cancel()
     os.close(pipe)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hidden_folders_are_left_out(tmp_path, packed):
+    """Jupyter's .ipynb_checkpoints holds old copies, and would be a class."""
+    folder = tmp_path / ".all" / "data"  # which may lie in one
+    for name in ("cat/a.png", "cat/.ipynb_checkpoints/a-checkpoint.png", ".ipynb_checkpoints/b.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(folder / name)
+    packed_or_not = shutil.make_archive(tmp_path / "data", "zip", folder) if packed else folder
+    images, classes, names = data.labelled(str(packed_or_not), "train")
+    assert len(images) == len(classes) == 1 and names == ["cat"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")

@@ -287,6 +287,7 @@ def test_what_changes_the_network_from_outside_is_refused(pipe):
     with deepcache(pipe):
         with pytest.raises(ValueError, match="cannot take cross_attention_kwargs"):
             draw(pipe, cross_attention_kwargs={"other": 1})
+        draw(pipe, cross_attention_kwargs={})  # which says nothing
         with pytest.raises(ValueError, match="not a CachedUNet"):
             with deepcache(pipe):
                 pass

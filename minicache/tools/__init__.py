@@ -200,12 +200,10 @@ def refuse_unworded(ckpt: str, unet: UNet) -> None:
         raise ValueError(f"--ckpt {ckpt} takes a context, but no words: this command knows only prompts of words")
 
 
-def tell_of_rest(args: Any, prompts: Prompts) -> None:
-    """Warn where more prompts or classes are asked for than there are pictures, --num, to show them."""
-    asked = any(getattr(args, name, None) for name in ("prompt", "prompts", "label"))
-    if asked and (many := len(prompts.texts)) > args.num:
-        told = f"of {many} prompts or classes, the first {args.num} are drawn; --num {many} draws all"
-        warnings.warn(told, stacklevel=2)
+def tell_of_rest(prompts: Prompts, num: int) -> None:
+    """Warn where more prompts or classes are asked for than there are pictures to show them."""
+    if (many := len(prompts.texts)) > num:
+        warnings.warn(f"of {many} prompts or classes, the first {num} are drawn; --num {many} draws all", stacklevel=2)
 
 
 def refuse_others(out: str, names: Sequence[str], ours: Callable[[str], bool], apart: str | None = None) -> None:

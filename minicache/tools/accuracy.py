@@ -106,10 +106,11 @@ def main(args: argparse.Namespace) -> None:
     pictures = words.images(size)
     prepare_out(args.out, ())
     unet = place(unet, choose_placement(args.device, "float32", compile=False))
-    shown: dict[Path, set[str]] = {}
-    for file, name in zip(words.files, words.names):
-        shown.setdefault(file, set()).add(name)
-    once = [*{file: i for i, file in enumerate(words.files)}.values()]  # a picture with several captions is one
+    shown: dict[bytes, set[str]] = {}
+    alike = [picture.tobytes() for picture in pictures.numpy()]  # one that has several captions, or files, is one
+    for picture, name in zip(alike, words.names):
+        shown.setdefault(picture, set()).add(name)
+    once = [*{picture: i for i, picture in enumerate(alike)}.values()]
     known, training = features(to_tensor(pictures)), words.training()
     rows, sheet, labels = [], [], []
     for name, indices in groups(words, args.num).items():

@@ -30,7 +30,7 @@ from minicache.images import picture, to_uint8
 from minicache.metrics import psnr, relative_l2
 from minicache.plan import FORECASTS, CachePlan, uncached, uniform
 from minicache.sampling import denoise, sample
-from minicache.tools import Parser, prepare_out, refuse_unworded
+from minicache.tools import Parser, prepare_out, refuse_unworded, tell_of_rest
 from minicache.tools.diagram import rows
 from minicache.unet import UNet
 from minicache.words import Prompts, prompts_for
@@ -100,6 +100,8 @@ def prepared(ckpt: str, asked: list[str] | None, num: int, steps: int) -> Stage:
         raise ValueError(f"{ckpt} draws {unet.config.in_channels} channels, which are no picture")
     refuse_unworded(ckpt, unet)
     prompts = prompts_for(ckpt, unet, unet.vocabulary, prompt=asked)
+    if asked:
+        tell_of_rest(prompts, num)
     spread = 1 if asked else max(1, len(prompts.texts) // num)  # over all of its own examples
     seeds, batch = range(0, num * spread, spread), num if prompts.guidance == 1 else 2 * num
     seconds = {branch: pass_seconds(unet, branch, batch) for branch in (None, *branches_of(unet))}

@@ -128,7 +128,8 @@ def main(args: argparse.Namespace) -> None:
         if args.guidance is None and unet.config.context_dim:
             asked["guidance"] = plan.guidance
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
-    tell_of_rest(args, prompts)
+    if args.prompt:
+        tell_of_rest(prompts, args.num)
     cached = uniform(args.steps, args.interval, args.branch)
     if args.plan:
         best = recipe_from_file(args.plan, guidance=prompts.guidance)
