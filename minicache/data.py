@@ -12,9 +12,8 @@ import os
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from mimetypes import guess_type
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,8 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # of images, whatever their names; for EPS Pillow would run a program
 BUILT_IN = ("shapes", "cifar10")  # names of sources; a folder of such a name is ./shapes
 MOST_PIXELS = 1 << 26  # of an image
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
+OTHERS = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm", ".pgm", ".tga", ".ico", ".svg")
 
 
 def source(name: str, image_size: int, out: Path | None = None) -> Source:
@@ -45,8 +45,7 @@ def source(name: str, image_size: int, out: Path | None = None) -> Source:
     Images from files are flipped left to right with probability 1/2. Raises ValueError where there are none, and where
     the folder that is written to, `out`, lies among them.
     """
-    if name in BUILT_IN and Path(name).is_dir():
-        warnings.warn(f"{name} is a built-in source; the folder of that name is ./{name}", stacklevel=2)
+    tell_of_folder(name, BUILT_IN)
     if name == "shapes":
         return lambda n, generator: shapes(n, image_size, generator)
     if name == "cifar10":
@@ -65,6 +64,12 @@ def source(name: str, image_size: int, out: Path | None = None) -> Source:
         return to_tensor(batch)
 
     return draw
+
+
+def tell_of_folder(name: str, built_in: Sequence[str] = ("cifar10",)) -> None:
+    """Warn where a folder has the name of what is built in, which is taken."""
+    if name in built_in and Path(name).is_dir():
+        warnings.warn(f"{name} is a built-in source; the folder of that name is ./{name}", stacklevel=3)
 
 
 def wordless(draw: Source) -> CaptionedSource:
@@ -104,6 +109,7 @@ def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
 
     name: "cifar10", or a folder or zip with one folder a class. Classes are numbered in the order of their names.
     """
+    tell_of_folder(name)
     if name == "cifar10":
         return *cifar10(split), list(CIFAR10_CLASSES)
     classes = [Path(file).parent.name for file, _ in image_files(Path(name))]
@@ -144,8 +150,7 @@ def all_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
 def image_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
     """Those of images. A warning tells of pictures of other kinds, which are left out."""
     files = all_files(path)
-    pictures = [name for name, _ in files if (guess_type(name)[0] or "").startswith("image/")]
-    if others := [name for name in pictures if not (is_image(name) or of_macos(name))]:
+    if others := [name for name, _ in files if name.lower().endswith(OTHERS) and not of_macos(name)]:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         warnings.warn(f"left out of {path}: {others[0]}{more}; taken are {', '.join(SUFFIXES)}", stacklevel=2)
     return [(name, content) for name, content in files if is_image(name)]

@@ -105,8 +105,8 @@ class Diffusion:
                 rho = float(spacing.removeprefix("rho"))
                 s = np.linspace(ends[0] ** (1 / rho), ends[1] ** (1 / rho), S) ** rho
             ts = [0, *(self.timestep(1 / (1 + each**2)) for each in s[1:-1].tolist()), T - 1][-S:]
-        if not 0 < ts[-1] < T:
-            why = "where no noise is left" if ts[-1] == 0 else f"after the last one, {T - 1}"
+        if (low := ts[-1] <= (spacing == "offset")) or ts[-1] >= T:
+            why = "where no noise is left" if low else f"after the last one, {T - 1}"
             raise ValueError(f"steps={S} with spacing={spacing!r} would begin at t = {ts[-1]}, {why}")
         if start is not None and ts[-1] != start - 1:
             raise ValueError(f"spacing={spacing!r} does not begin at t = {start - 1}, where the noised images are")

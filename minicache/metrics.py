@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minicache.data import MOST_PIXELS, cifar10, each_image, image_files
+from minicache.data import MOST_PIXELS, cifar10, each_image, image_files, tell_of_folder
 from minicache.reading import LARGEST, understood
 from minicache.sampling import Step
 
@@ -102,6 +102,7 @@ def read_samples(path: str | Path) -> Samples:
 
     ValueError for anything else.
     """
+    tell_of_folder(str(path))
     if path == "cifar10":
         images = cifar10("train")[0]
         return Samples(tuple(images.shape), lambda: (piece.numpy() for piece in images.split(PIECE)))

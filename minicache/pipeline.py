@@ -48,6 +48,8 @@ def refuse_others(pipe: Any) -> None:
     for wrong, what in (
         (hasattr(unet, "_hf_hook"), "offloading moves its weights while it runs"),
         (any(getattr(block, "s1", None) is not None for block in unet.up_blocks), "FreeU is enabled"),
+        (any(each._forward_hooks or each._forward_pre_hooks for each in unet.modules()), "it has hooks"),
+        (any(getattr(each, "padding_mode", "zeros") != "zeros" for each in unet.modules()), "it pads with no zeros"),
         ({type(each).__name__ for each in unet.attn_processors.values()} - PLAIN, "its attention is not the plain one"),
     ):
         if wrong:

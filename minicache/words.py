@@ -153,7 +153,7 @@ def lines_of(path: str | Path) -> list[str]:
     with understood(path, "a text in UTF-8"):
         if len(content) > LONGEST:
             raise ValueError(f"it has more than {LONGEST:,} bytes")
-        lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in re.split(r"\r\n|\r|\n", content.decode("utf-8-sig")) if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {path} holds no prompt")
     return lines

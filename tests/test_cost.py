@@ -123,7 +123,7 @@ def test_command(capsys):
     assert "full pass 248.174 GMACs" in (out := capsys.readouterr().out) and "cache 67.109 MB an image" in out
     for name, words in (("sd15", "full pass 338.611 GMACs"), ("ldm_imagenet", "full pass 99.770 GMACs")):
         main(parse(["--ckpt", name, "--branch", "1"]))
-        assert words in capsys.readouterr().out
+        assert words in (out := capsys.readouterr().out) and "guidance doubles them" in out
 
 
 def test_without_flags_the_command_tells_what_sample_py_without_flags_costs():

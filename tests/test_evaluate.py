@@ -176,6 +176,24 @@ def test_recipes_are_named_for_what_they_are(unet, worded):
     assert names(worded) == ["fitted-uncached-20"]
 
 
+def test_of_two_recipes_of_one_cost_calibration_has_chosen(unet):
+    """Not the seeds of the table."""
+    solver = tabulated("plms", unet.diffusion.timesteps(10, "rho7"), unet.diffusion)
+    recipes = [Recipe(uncached(10), replace(solver, name=name), error=error) for name, error in
+               (("none", None), ("worse", 0.2), ("best", 0.1), ("bad", 0.3))]  # fmt: skip
+    task = Task(unet, "", Prompts([]))
+    [row] = rivals.fitted(task, Recipe(uncached(100), "ddim"), recipes).values()
+    assert [method.recipe.sampler.name for method in row.values()] == ["best"]
+
+
+def test_the_same_run_has_the_same_variance_and_clipping(unet):
+    whole = Recipe(uncached(50), "ddpm")
+    cached = replace(whole, plan=uniform(50, 5, 1), error=0.1, fingerprint="a")
+    assert rivals.same_run(cached, whole)
+    for change in ({"variance": "fixed_small"}, {"clip_x0": False}, {"spacing": "trailing"}):
+        assert not rivals.same_run(replace(cached, **change), whole)
+
+
 def test_without_a_ridge_polynomials_are_forecast_exactly(monkeypatch):
     """From as many features on as a polynomial of degree 4 has coefficients."""
     monkeypatch.setattr(Spectrum, "RIDGE", 1e-12)
@@ -285,7 +303,8 @@ def test_prompts_and_guidance(worded, tmp_path, few):
     save(tmp_path / "net.pt", worded.unet)
     (tmp_path / "prompts.txt").write_text("red cat\n" * CHECK.stop + "xylophone\n")  # no seed is for the last one
     flags = ["--ckpt", tmp_path / "net.pt", "--like", "ddim-8", "--budgets", 6, "--pairs", 2, "--out", tmp_path / "out"]
-    run(*flags, "--guidance", 2, "--prompts", tmp_path / "prompts.txt")
+    with pytest.warns(UserWarning, match="of 10025 prompts or classes, only the first 2 are drawn"):
+        run(*flags, "--guidance", 2, "--prompts", tmp_path / "prompts.txt")
     rows = rows_of(tmp_path / "out" / "table.md")
     context = worded.unet.vocabulary.encode("red cat")
     settings = {"seeds": range(2), "context": context, "guidance": 2.0}

@@ -297,7 +297,7 @@ def test_own_examples_are_taken_from_all_over(tmp_path, unet, monkeypatch):
         stage = explore.prepared(str(tmp_path / "net.pt"), asked, num=2, steps=10)
         assert stage.prompts.labels(stage.seeds) == texts and list(stage.seeds) == seeds
         assert stage.prompts.guidance == WORDS.guidance and len(stage.reference) == 2
-    with pytest.warns(UserWarning, match="of 3 prompts or classes, the first 2 are drawn"):
+    with pytest.warns(UserWarning, match="of 3 prompts or classes, only the first 2 are drawn"):
         explore.prepared(str(tmp_path / "net.pt"), ["cat", "apple", "red"], num=2, steps=10)
 
 

@@ -95,6 +95,14 @@ def test_samples_are_read_back(tmp_path, capsys, monkeypatch):
             assert np.array_equal(np.concatenate(pieces), images)
 
 
+def test_a_folder_with_the_name_of_a_set(tmp_path, monkeypatch):
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "cifar10", lambda split: (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), None))
+    with pytest.warns(UserWarning, match=r"cifar10 is a built-in source; the folder of that name is \./cifar10"):
+        assert read_samples("cifar10").shape == (2, 32, 32, 3)
+
+
 def test_a_piece_of_large_pictures_is_a_small_one(tmp_path, monkeypatch):
     """64 black pictures of 8192 x 8192 pixels are 12 GB, and a file of 12 MB."""
     monkeypatch.setattr(metrics, "LARGEST", 2 * 8 * 8 * 3)

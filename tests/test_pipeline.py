@@ -269,6 +269,8 @@ def with_other_attention(unet):
     (with_adapter, {}, r"unexpected tensor conv_in\.lora: fuse adapters"),
     (with_other_attention, {}, "its attention is not the plain one"),
     (lambda unet: setattr(unet, "_hf_hook", None), {}, "offloading moves its weights"),
+    (lambda unet: unet.mid_block.register_forward_hook(print), {}, "it has hooks"),
+    (lambda unet: setattr(unet.conv_in, "padding_mode", "circular"), {}, "it pads with no zeros"),  # for textures
     (lambda unet: None, {"time_cond_proj_dim": 8}, "pipe.unet: time_cond_proj_dim=8 is not what this network does"),
     (lambda unet: None, {"attention_head_dim": (2, 4)}, r"attention_head_dim=\[2, 4\]"),
 ])  # fmt: skip

@@ -371,7 +371,7 @@ def test_picture_i_shows_prompt_i(worded, tmp_path, capsys):
     again = drawn(tmp_path / "b.npz", "--ckpt", worded, "--prompts", str(tmp_path / "p.txt"), *flags)
     assert np.abs(images.astype(int) - again).max() <= 1
     (tmp_path / "p.txt").write_text("cat face\nred\n" * 2 + "xylophone\n")  # what no picture shows is not encoded
-    with pytest.warns(UserWarning, match="of 5 prompts or classes, the first 4 are drawn; --num 5 draws all"):
+    with pytest.warns(UserWarning, match="of 5 prompts or classes, only the first 4 are drawn"):
         again = drawn(tmp_path / "c.npz", "--ckpt", worded, "--prompts", str(tmp_path / "p.txt"), *flags)
     assert np.abs(images.astype(int) - again).max() <= 1
     assert "guidance 3, which takes two passes a step" in capsys.readouterr().out

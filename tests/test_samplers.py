@@ -85,6 +85,8 @@ def test_offset_begins_where_there_is_but_noise(steps, enough):
     with pytest.raises(ValueError, match=f"steps={steps} with spacing='offset' begin far below 999: take {enough}"):
         Diffusion().timesteps(steps, "offset")
     assert Diffusion().timesteps(enough, "offset")[0] > 990
+    with pytest.raises(ValueError, match=r"steps=1 .* would begin at t = 1, where no noise is left"):
+        Diffusion().timesteps(1, "offset")
     assert min(Diffusion().timesteps(S, "offset")[0] for S in range(10, 112)) > 890  # the usual ones are all taken
 
 

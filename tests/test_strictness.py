@@ -212,6 +212,17 @@ def test_a_silent_field_means_what_diffusers_assumes(tmp_path, unet):
             read(tmp_path / "net")
 
 
+@pytest.mark.parametrize("field", ["beta_start", "beta_end", "beta_schedule"])
+def test_a_schedule_that_says_no_betas_is_not_ddpms(tmp_path, unet, field):
+    """Those of flow matching and EDM say none, and such networks predict something else."""
+    save_diffusers(tmp_path / "net", unet)
+    path = tmp_path / "net" / "scheduler_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in content.items() if name != field}))
+    with pytest.raises(ValueError, match=f"{field} is missing, as where flow matching or EDM was trained"):
+        read(tmp_path / "net")
+
+
 def own_file(path, unet: UNet, **change) -> Path:
     """A file of our own format, of which some parts are changed."""
     save(path, unet)

@@ -64,8 +64,8 @@ def test_prompts_from_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("red cat\n\nblue café\n".encode())
     assert lines_of(path) == ["red cat", "blue café"]
-    path.write_bytes("red cat\r\n".encode("utf-8-sig"))  # as some editors write it
-    assert lines_of(path) == ["red cat"]
+    path.write_bytes("red cat\r\nblue\u2028cat\x0cface\r".encode("utf-8-sig"))  # as some editors write it
+    assert lines_of(path) == ["red cat", "blue\u2028cat\x0cface"]
     path.write_bytes(b"blue caf\xe9\n")
     with pytest.raises(ValueError, match=r"prompts\.txt is not a text in UTF-8"):
         lines_of(path)

@@ -164,18 +164,21 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 
 def diffusion_from_diffusers(path: Path) -> Diffusion:
-    """scheduler_config.json of any scheduler, or a ValueError that names the field."""
+    """scheduler_config.json of any scheduler of DDPM's schedule, which says its betas, or a ValueError that names the
+    field."""
     what = "a schedule that can be honoured"
     with understood(path, what):
         content = {**json.loads(read_whole(path))}
     require(path, content, SCHEDULER)
     with understood(path, what):
+        if unsaid := [name for name in ("beta_start", "beta_end", "beta_schedule") if name not in content]:
+            raise ValueError(f"{unsaid[0]} is missing, as where flow matching or EDM was trained")
         return Diffusion(
             num_timesteps=content.get("num_train_timesteps", 1000),
-            beta_start=content.get("beta_start", 1e-4),
-            beta_end=content.get("beta_end", 0.02),
+            beta_start=content["beta_start"],
+            beta_end=content["beta_end"],
             variance=content.get("variance_type", "fixed_small"),
-            beta_schedule=content.get("beta_schedule", "linear"),
+            beta_schedule=content["beta_schedule"],
         )
 
 

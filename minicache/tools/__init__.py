@@ -203,7 +203,7 @@ def refuse_unworded(ckpt: str, unet: UNet) -> None:
 def tell_of_rest(prompts: Prompts, num: int) -> None:
     """Warn where more prompts or classes are asked for than there are pictures to show them."""
     if (many := len(prompts.texts)) > num:
-        warnings.warn(f"of {many} prompts or classes, the first {num} are drawn; --num {many} draws all", stacklevel=2)
+        warnings.warn(f"of {many} prompts or classes, only the first {num} are drawn", stacklevel=2)
 
 
 def refuse_others(out: str, names: Sequence[str], ours: Callable[[str], bool], apart: str | None = None) -> None:

@@ -6,8 +6,10 @@
 --data: the captions it was trained on (see train_tiny.py). Two groups of captions are drawn: held-out ones, whose
 pictures it has never seen, but only those of the same name in another style; and some of the trained ones, always the
 same. A sample is right where, of all pictures, trained and held out, the nearest one has the caption's name, in any
-style. Nearest is by the cosine of the pixels in [-1, 1], after a Gaussian blur of SIGMA pixels (at 32 x 32): a sample
-may be a pixel off, and guidance makes contrasts stronger. Errors are binomial standard errors.
+style. Only emoji have styles; in a captions.csv, a name is all words of a caption, in their order, and a held-out
+picture is known by its path: a copy elsewhere is another one. Nearest is by the cosine of the pixels in [-1, 1], after
+a Gaussian blur of SIGMA pixels (at 32 x 32): a sample may be a pixel off, and guidance makes contrasts stronger. Errors
+are binomial standard errors.
 
 Writes accuracy.md, and accuracy.png: samples of both groups, each beside the nearest picture that was trained on.
 """

@@ -227,7 +227,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", default="emoji", help="a checkpoint's name or path (default: emoji)")
     add("--budget", type=float, nargs="+", default=[20.0], help="cost of an image in full passes (default: 20)")
     add("--guidance", type=float, help="of the prompts; two passes a step unless 1 (default: what suits the network)")
-    add("--prompts", metavar="FILE", help="a prompt a line (default: the network's examples)")
+    add("--prompts", metavar="FILE", help="a prompt a line; each seed takes one (default: the network's examples)")
     add("--steps", type=int, help="be like uncached sampling with so many steps of --sampler")
     add("--sampler", choices=SAMPLERS, help="with --steps")
     add("--device", default="auto", help="cpu, cuda, mps; default: cuda or mps where there is one, else cpu")

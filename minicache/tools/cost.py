@@ -39,6 +39,7 @@ def table(unet: UNet, plan: CachePlan) -> str:
         f"plan: {steps} steps, {refreshes} in full, the others at branch {plan.branch}: {total / 1e9:.1f} GMACs an "
         f"image, {total / steps / 1e9:.3f} a step, {steps * whole.macs / total:.2f}x fewer than uncached",
         f"      cache {cached / 1e6:.3f} MB an image",
+        *["      guidance doubles them, as it takes two passes a step"] * bool(unet.config.context_dim),
     ]
     return "\n".join(lines)
 

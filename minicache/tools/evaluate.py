@@ -60,7 +60,7 @@ from minicache.plan import uncached
 from minicache.recipe import recipes_in
 from minicache.sampling import sample
 from minicache.shards import ImageSet, fill, packed_manifest
-from minicache.tools import Parser, at_least, make_folder, markdown, refuse_others, refuse_unworded
+from minicache.tools import Parser, at_least, make_folder, markdown, refuse_others, refuse_unworded, tell_of_rest
 from minicache.tools.calibrate import CHECK, HELD_OUT, Task, finest
 from minicache.tools.classifier import classifier_features
 from minicache.tools.methods import FLOOR, Method, chosen, draws_noise, methods, shortlisted, smaller, whole_run
@@ -205,6 +205,8 @@ def prepared(args: argparse.Namespace) -> tuple[Pictures, dict[str, dict[str, Me
     refuse_unworded(args.ckpt, unet)
     asked = {"prompts": args.prompts, "guidance": args.guidance, "num": max(num, CHECK.stop)}  # more than any seed
     prompts = prompts_for(args.ckpt, unet, unet.vocabulary, **asked)
+    if args.prompts:
+        tell_of_rest(prompts, num)
     task = Task(place(unet, placement), weights, prompts)
     whole = whole_run(task, args.like, args.spacing, args.eta)
     other = smaller(task, whole, args.smaller, placement) if args.smaller else {}

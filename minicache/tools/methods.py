@@ -80,7 +80,7 @@ def whole_run(task: Task, like: str, spacing: str | None, eta: float) -> Recipe:
 
 def same_run(recipe: Recipe, whole: Recipe) -> bool:
     """Whether they differ in nothing but the cache."""
-    first, second = ((r.sampler, r.spacing, r.eta, r.plan.steps) for r in (recipe, whole))
+    first, second = ({**vars(r), "plan": r.plan.steps, "fingerprint": None, "error": None} for r in (recipe, whole))
     return first == second
 
 
@@ -101,16 +101,16 @@ def published(task: Task, whole: Recipe) -> dict[str, Method]:
 
 
 def fitted(task: Task, whole: Recipe, recipes: Iterable[Recipe]) -> dict[str, dict[str, Method]]:
-    """What was calibrated for this guidance, and for the steps of `whole` where that draws noise."""
+    """What was calibrated for this guidance, and for the steps of `whole` where that draws noise; of one cost, what was
+    best when it was calibrated."""
     found: dict[str, dict[str, Method]] = {}
-    for recipe in recipes:
+    for recipe in sorted(recipes, key=lambda each: (each.error is None, each.error)):
         suits = same_run(recipe, whole) if draws_noise(whole) else not draws_noise(recipe)
         if suits and recipe.guidance == whole.guidance:
             kind = "fitted" if isinstance(recipe.sampler, Solver) else recipe.sampler
             cached = "cached" if len(recipe.plan.refresh) < recipe.plan.steps else "uncached"
             name = f"{kind}-{cached}-{task.cost(recipe.plan):.0f}"
-            row = found.setdefault(name, {})
-            row[f"{name}-{len(row)}"] = Method(recipe)
+            found.setdefault(name, {f"{name}-0": Method(recipe)})
     return found
 
 
