@@ -72,12 +72,12 @@ def main(args: argparse.Namespace) -> None:
     path = locate(args.ckpt)
     unet = load(path)
     weights = fingerprint(unet)  # before they change their dtype
-    words, finish, C = unet.vocabulary, to_uint8, unet.config.in_channels
+    words, finish, parts, C = unet.vocabulary, to_uint8, None, unet.config.in_channels
     if C not in (1, 3) and not unet.config.adm and out.suffix != ".npz":
         raise ValueError(f"--out {out}: {args.ckpt} draws {C} channels, as no picture has; an .npz holds them")
     if unet.config.adm:  # it draws in latents
         recipe = recipe if args.plan or args.budget else chosen_recipe(args, suits(unet.config, args.sampler))
-        words, finish = around(path, unet.config, placement.device)
+        words, finish, parts = around(path, unet.config, placement.device)
     asked = {name: getattr(args, name) for name in ASKED}
     if args.plan and unet.config.context_dim:
         asked["guidance"] = recipe.guidance
@@ -100,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
     made_with = {"weights": weights, **asdict(recipe), "seed": args.seed, "num": args.num, "prompts": prompts.texts,
                  "batch_size": args.batch_size, "torch": torch.__version__,
                  "placement": str(replace(placement, device=torch.device(placement.device.type)))}  # fmt: skip
-    made_with |= {} if args.negative is None else {"negative": args.negative}  # older sets have no such entry
+    others = {"negative": args.negative, "first stage and text encoder": parts}  # which older sets do not have
+    made_with |= {name: value for name, value in others.items() if value is not None}
     fill_set(ImageSet(out, seeds, args.batch_size, made_with), unet, prompts, settings, finish)
 
 

@@ -62,7 +62,7 @@ class Settings:
     categories: tuple[str, ...] = flag(CATEGORIES, "what to learn of emoji")
     out: str | None = flag(None, "folder of the checkpoint, the log and the previews (default: runs/<data>)")
     init: str | None = flag(None, "begin with these weights, and their shape, not with random ones", metavar="CKPT")
-    resume: bool = flag(False, "continue from <out>/last.pt")
+    resume: bool = flag(False, "continue from <out>/last.pt; another --lr and --steps are taken from there on")
     image_size: int | None = flag(None, "pixels a side")
     model_channels: int | None = flag(None, "width of the first level, a multiple of --groups; better twice that")
     channel_mult: tuple[int, ...] | None = flag(None, "width of each level, in model-channels")
@@ -123,7 +123,7 @@ def main(**flags: Any) -> Path:
 def train(training: Training, draw: CaptionedSource, interrupted: list[int]) -> None:
     """Take the steps that are left; log, save and preview on the way. Stop after a step that was interrupted."""
     settings, T = training.settings, training.unet.diffusion.num_timesteps
-    print(f"steps {training.step}..{settings.steps}, into {settings.folder}", flush=True)
+    print(f"steps {training.step}..{settings.steps}, --lr {settings.lr:g}, into {settings.folder}", flush=True)
     began, losses, noisy_losses = time.time(), [], []
     if not settings.last.exists():  # whatever ends the run, it can be resumed
         training.save()

@@ -8,6 +8,8 @@ repository on the hub.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from minicache.unet import UNetConfig
 
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 FIRST_STAGE, CLIP = "first_stage_model.", "cond_stage_model.transformer.text_model."  # prefixes in files of CompVis'
+OLD_CLIP = "cond_stage_model.transformer."  # in older ones
+SCALE = 0.18215  # of Stable Diffusion's latents, where a file does not say another
 HEAD = 64  # channels of a head of CLIP's
 BATCH = 64  # prompts that CLIP reads at a time
 
@@ -57,10 +61,17 @@ def suits(config: UNetConfig, sampler: str | None = None) -> dict[str, Any]:
 
 def around(
     path: Path, config: UNetConfig, device: torch.device
-) -> tuple[ClipWords | None, Callable[[Tensor], np.ndarray]]:
-    """What stands around the latent network at `path`: its words (None: it knows classes), and latents -> uint8."""
-    first_stage = load_first_stage(path, config).to(device)
-    return None if config.num_tokens else load_words(path), lambda x: to_uint8(decode(x, first_stage))
+) -> tuple[ClipWords | None, Callable[[Tensor], np.ndarray], str]:
+    """What stands around the latent network at `path`: its words (None: it knows classes), latents -> uint8, and a hash
+    of both's weights."""
+    first_stage = load_first_stage(path, config)
+    hasher = hashlib.sha256(str(first_stage.config.scaling_factor).encode())
+    words = None if config.num_tokens else load_words(path)
+    for model in (first_stage, words and words.model):
+        for tensor in model.state_dict().values() if model else ():
+            hasher.update(tensor.contiguous().numpy())
+    first_stage = first_stage.to(device)
+    return words, lambda x: to_uint8(decode(x, first_stage)), hasher.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -91,7 +102,7 @@ def load_first_stage(path: Path, config: UNetConfig) -> nn.Module:
 def load_words(path: Path) -> ClipWords:
     """CLIP's text model and tokenizer, of the checkpoint at `path`; errors as in `load_first_stage`."""
     transformers = package("transformers")
-    state = tensors(path, CLIP)
+    state = tensors(path, CLIP) or tensors(path, OLD_CLIP)
     model = clip_in(path, state) if state else from_folders(path, {"text_encoder": transformers.CLIPTextModel})
     tokenizer = from_folders(path, {"tokenizer": transformers.CLIPTokenizer})
     if len(tokenizer) != model.config.vocab_size:  # transformers makes an empty one where it finds no files
@@ -114,10 +125,11 @@ def tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def from_folders(path: Path, kinds: Mapping[str, type], hub: bool = True) -> Any:
-    """A part of a pipeline, from the first of these folders that is in (or, for a file, beside) `path`; else HUB's."""
-    for name, kind in kinds.items():
-        if (beside(path) / name).is_dir():
-            return kind.from_pretrained(beside(path) / name)
+    """A part of a pipeline, from the first of these folders that is in (or beside) `path`; else HUB's."""
+    for folder in (beside(path), path if path.is_dir() else path.parent):
+        for name, kind in kinds.items():
+            if (folder / name).is_dir():
+                return kind.from_pretrained(folder / name)
     name, kind = next(iter(kinds.items()))
     if not hub:
         folders = " or ".join(kinds)
@@ -131,7 +143,9 @@ def from_folders(path: Path, kinds: Mapping[str, type], hub: bool = True) -> Any
 
 
 def beside(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
+    """The folder for parts: of a pipeline's, of a file, or that of which `path` is the folder unet."""
+    folder = path if path.is_dir() else path.parent
+    return folder.resolve().parent if folder.resolve().name == "unet" else folder
 
 
 def by_hand(path: Path, name: str) -> str:
@@ -152,11 +166,14 @@ def first_stage_in(path: Path, state: Mapping[str, Tensor]) -> nn.Module:
         "latent_channels": len(state["post_quant_conv.weight"]),
     }
     codewords = state.get("quantize.embedding.weight")
+    scale = float(tensors(path, "scale_factor").get("", SCALE if codewords is None else 1.0))
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{path}: its scale_factor is {scale}")
     if codewords is None:
-        model = AutoencoderKL(**shape, scaling_factor=0.18215)
+        model = AutoencoderKL(**shape, scaling_factor=scale)
     else:
         n, width = codewords.shape
-        model = VQModel(**shape, num_vq_embeddings=n, vq_embed_dim=width, scaling_factor=1.0)
+        model = VQModel(**shape, num_vq_embeddings=n, vq_embed_dim=width, scaling_factor=scale)
     theirs = convert_ldm_vae_checkpoint({FIRST_STAGE + key: tensor for key, tensor in state.items()}, model.config)
     return filled(path, model, theirs if codewords is None else {**theirs, "quantize.embedding.weight": codewords})
 
@@ -165,6 +182,8 @@ def clip_in(path: Path, state: Mapping[str, Tensor]) -> nn.Module:
     """CLIP's text model from tensors that tell its shape."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    if "embeddings.token_embedding.weight" not in state:
+        raise ValueError(f"{path}: the text encoder in it is not CLIP's")
     vocabulary, width = state["embeddings.token_embedding.weight"].shape
     config = CLIPTextConfig(
         vocab_size=vocabulary,

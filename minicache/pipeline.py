@@ -25,7 +25,8 @@ def deepcache(pipe: Any, interval: int = 5, branch: int = 1, forecast: str = "ho
     pipe: diffusers' StableDiffusionPipeline or StableDiffusionImg2ImgPipeline, with any scheduler; its weights are
     shared, not copied. interval, branch, forecast: as in `uniform`, where a step is one pass of the network (Heun's
     method takes two from one timestep to the next). The sides of pictures must be multiples of 64. ValueError for what
-    changes the network besides its weights: adapters that are not fused into them, FreeU, offloading.
+    changes the network besides its weights: adapters that are not fused into them, FreeU, offloading, patches (which
+    one pass of both networks, over a small x, shows).
     """
     plan, theirs = uniform(MAX_STEPS, interval, branch, forecast), pipe.unet
     refuse_others(pipe)
@@ -48,8 +49,6 @@ def refuse_others(pipe: Any) -> None:
     for wrong, what in (
         (hasattr(unet, "_hf_hook"), "offloading moves its weights while it runs"),
         (any(getattr(block, "s1", None) is not None for block in unet.up_blocks), "FreeU is enabled"),
-        (any(each._forward_hooks or each._forward_pre_hooks for each in unet.modules()), "it has hooks"),
-        (any(getattr(each, "padding_mode", "zeros") != "zeros" for each in unet.modules()), "it pads with no zeros"),
         ({type(each).__name__ for each in unet.attn_processors.values()} - PLAIN, "its attention is not the plain one"),
     ):
         if wrong:
@@ -68,6 +67,19 @@ def shared(theirs: Any) -> UNet:
         raise ValueError(f"pipe.unet has the unexpected tensor {strangers[0]}: fuse adapters into its weights first")
     unet.load_state_dict({ours: state[key].view(needed[ours].shape) for ours, key in keys.items()}, assign=True)
     return unet.eval()
+
+
+@torch.no_grad()
+def refuse_patched(theirs: Any, ours: UNet) -> None:
+    """ValueError where their network gives something else than its weights and its config say, as under a hook."""
+    config, side, generator = ours.config, 2 ** len(ours.config.channel_mult), torch.Generator().manual_seed(0)
+    shapes = (1, config.in_channels, side, side), (1, 77, config.context_dim)
+    x, context = (torch.randn(shape, generator=generator).to(theirs.device, theirs.dtype) for shape in shapes)
+    t = torch.tensor([500], device=theirs.device)
+    one, other = theirs(x, t, context).sample, ours(x, t, context)
+    near = 1e-3 if theirs.dtype in (torch.float32, torch.float64) else 0.1
+    if (one - other).norm() > near * one.norm():
+        raise ValueError("deepcache cannot stand in for this network: it is changed otherwise than in its weights")
 
 
 @dataclass
@@ -95,6 +107,7 @@ class CachedUNet(nn.Module):
         super().__init__()
         self.theirs, self.ours = pipe.unet, shared(pipe.unet)  # both, so that pipe.to() moves both
         self.ours.cached_shape(plan.branch, 64, 64)  # refuses a branch that there is not
+        refuse_patched(self.theirs, self.ours)
         self.config, self.output, self.plan = pipe.unet.config, UNet2DConditionOutput, plan
         self.timesteps = lambda: pipe.scheduler.timesteps
         self.trajectories = WeakTensorKeyDictionary()

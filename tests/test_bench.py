@@ -1,5 +1,6 @@
 """The benchmark's bookkeeping; its times are the machine's."""
 
+import copy
 import json
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -117,6 +118,15 @@ def test_the_same_network_takes_part_three_times(branch, fields):
     moved = unet.forward_partial(x + 0.1, t - 1, cached_U, branch, context)
     assert relative(twin(x + 0.1, t - 1, context).sample, moved) < 5e-6
     assert relative(model(x + 0.1, t - 1, context).sample, moved) > 1e-3  # and is unlike the full pass
+
+
+def test_pictures_that_are_compared_were_told_the_same(monkeypatch):
+    unet, told = random_unet(UNetConfig(**{**asdict(SMALL), **LATENT})), []
+    monkeypatch.setattr(bench, "sample", lambda unet, seeds, plan, context: told.append(context) or torch.zeros(2, 3))
+    args = bench.parse(["--ckpt", "x", "--steps", "10"])
+    bench.plan_rows({"float32": unet, "float64": copy.deepcopy(unet).double()}, {}, 2, args)
+    assert {each.dtype for each in told} == {torch.float32, torch.float64}
+    assert all(torch.equal(each.float(), told[0].float()) for each in told)
 
 
 def test_every_variant_is_timed_compiled(tmp_path, monkeypatch, graphs):

@@ -42,6 +42,7 @@ def test_every_frame_is_worth_the_same_and_the_cheap_rows_wait(made):
     assert costs[0] == 0 and costs[-1] == pytest.approx(10) and np.allclose(np.diff(costs), 0.1)
     assert "each frame is worth 0.1 full passes of the network" in said
     assert [row.name for row in rows] == ["Uncached", "DeepCache", "Best plan"]
+    assert [row.what for row in rows][:2] == ["DDIM, 10 steps", "DDIM, 10 steps, 1 in 2 in full"]
     totals = [row.spent[-1] for row in rows]
     assert totals[0] == 10 and totals[1] == pytest.approx(full_passes(load("tiny_cifar10"), uniform(10, 2, 1)))
     assert totals[2] <= 1.25 * totals[1]

@@ -1,6 +1,7 @@
 """Latent diffusion's way from words to pictures, against diffusers' own pipelines; all random, and in miniature."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -89,6 +90,36 @@ def test_one_file_of_compvis(folder, tmp_path, ending):
     path, z = tmp_path / f"net.{ending}", noise(2, 4, SIDE, SIDE)
     assert torch.equal(latents.load_words(path).encode("cat"), pipe.encode_prompt("cat", "cpu", 1, False)[0])
     assert torch.equal(latents.decode(z, latents.load_first_stage(path, WORDED)), latents.decode(z, pipe.vae))
+
+
+def test_older_names_and_another_scale(folder, tmp_path):
+    _, pipe = folder
+    state = {
+        key.replace("transformer.text_model.", "transformer."): t for key, t in clip_keys(pipe.text_encoder).items()
+    }
+    torch.save({"state_dict": {**compvis(pipe.vae), **state, "scale_factor": torch.tensor(0.5)}}, tmp_path / "net.ckpt")
+    tokenizer_files(tmp_path / "tokenizer")
+    words, z = latents.load_words(tmp_path / "net.ckpt"), noise(2, 4, SIDE, SIDE)
+    assert torch.equal(words.encode("cat"), pipe.encode_prompt("cat", "cpu", 1, False)[0])
+    pictures = latents.decode(z, latents.load_first_stage(tmp_path / "net.ckpt", WORDED))
+    assert relative(pictures, pipe.vae.decode(z / 0.5).sample) < TOLERANCE
+
+
+def test_parts_lie_in_folders_beside_the_folder_of_a_unet(folder):
+    path, pipe = folder
+    for unet in (path / "unet", *(path / "unet").glob("*.safetensors")):
+        assert torch.equal(latents.load_words(unet).encode("cat"), pipe.encode_prompt("cat", "cpu", 1, False)[0])
+        assert latents.load_first_stage(unet, WORDED).config.scaling_factor == 0.18215
+
+
+def test_a_set_has_one_first_stage(folder, tmp_path):
+    path = shutil.copytree(folder[0], tmp_path / "sd")
+    flags = ["--ckpt", str(path), "--prompt", "cat", "--num", "2", "--steps", "4", "--out", str(tmp_path / "out")]
+    main(parse(flags))
+    (tmp_path / "out" / "000001.png").unlink()
+    randomized(first_stage(), seed=9).save_pretrained(path / "vae")
+    with pytest.raises(ValueError, match="was made with first stage and text encoder"):
+        main(parse(flags))
 
 
 def test_codewords_are_taken_before_decoding(tmp_path):

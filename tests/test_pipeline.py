@@ -252,6 +252,9 @@ def test_wrong_settings(pipe, settings, words):
             pass
 
 
+PATCHED = "it is changed otherwise than in its weights"
+
+
 def with_freeu(unet):
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
 
@@ -269,8 +272,10 @@ def with_other_attention(unet):
     (with_adapter, {}, r"unexpected tensor conv_in\.lora: fuse adapters"),
     (with_other_attention, {}, "its attention is not the plain one"),
     (lambda unet: setattr(unet, "_hf_hook", None), {}, "offloading moves its weights"),
-    (lambda unet: unet.mid_block.register_forward_hook(print), {}, "it has hooks"),
-    (lambda unet: setattr(unet.conv_in, "padding_mode", "circular"), {}, "it pads with no zeros"),  # for textures
+    (lambda unet: unet.mid_block.register_forward_hook(lambda *them: 2 * them[2]), {}, PATCHED),
+    (lambda unet: setattr(unet.conv_in, "padding_mode", "circular"), {}, PATCHED),  # a trick for seamless textures
+    (lambda unet: setattr(unet.conv_norm_out, "eps", 0.1), {}, PATCHED),
+    (lambda unet: setattr(unet.mid_block, "forward", lambda h, *_, **__: 0 * h), {}, PATCHED),
     (lambda unet: None, {"time_cond_proj_dim": 8}, "pipe.unet: time_cond_proj_dim=8 is not what this network does"),
     (lambda unet: None, {"attention_head_dim": (2, 4)}, r"attention_head_dim=\[2, 4\]"),
 ])  # fmt: skip

@@ -109,7 +109,7 @@ class Dialect:
     def infer(
         self, path: Path, state: Mapping[str, Tensor], image_size: int | None, groups: int | None
     ) -> UNetConfig | None:
-        """The config of a bare state dict; shapes tell all of it but image_size, groups and heads.
+        """The config of a bare state dict; shapes tell all of it but image_size, groups, heads and `adm`: it is DDPM's.
 
         PRESETS are recognised by their shapes, with their table of classes or without; None for another network where
         image_size or groups is missing. ValueError for another one with a context.

@@ -212,8 +212,9 @@ def plan_rows(ours: dict[str, UNet], theirs: dict[str, nn.Module], batch: int, a
     pairs, candidates = len(next(iter(ours.values())).D), {}
     there = [(N, b) for N, b in PLANS if b <= pairs]
     plans = {f"N={N}, branch {b}" if N > 1 else "uncached": uniform(args.steps, N, b) for N, b in there}
+    drawn = inputs(next(iter(ours.values())), batch)[2]  # the same for all, as their pictures are compared
     for label, unet in ours.items():
-        context = inputs(unet, batch)[2]
+        context = None if drawn is None else drawn.to(unet.conv_out.weight.dtype)
         for what, plan in plans.items():
             candidates[label, what] = partial(sample, unet, range(batch), plan=plan, context=context)
         if label in theirs:

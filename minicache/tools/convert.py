@@ -50,9 +50,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("dst", metavar="DST", type=Path, help="the file, or the diffusers folder, to write")
     parser.add_argument("--to", choices=("minicache", "diffusers"), default="minicache", help="(default: minicache)")
     parser.add_argument("--half", action="store_true", help="minicache: store float16, half the size")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--ema", action="store_true", help="TensorFlow's and CompVis': the averages (default)")
-    which.add_argument("--raw", action="store_true", help="TensorFlow's and CompVis': the raw weights")
+    parser.add_argument(
+        "--raw", action="store_true", help="TensorFlow's and CompVis': not the averages, where both are"
+    )
     bare = "what a bare state dict does not tell (unless it is a published network's)"
     add = parser.add_argument_group(bare).add_argument
     add("--image-size", type=int, metavar="PIXELS", help="a side")

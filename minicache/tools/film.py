@@ -137,11 +137,12 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--plan {args.plan} draws noise at each step, and so other pictures than DDIM")
     else:
         best = best_plan(unet, weights, prompts.guidance, cached)
-    ddim = f"DDIM, {args.steps} steps"
+    ddim, refreshes = f"DDIM, {args.steps} steps", len(best.plan.refresh)
+    some = f", {refreshes} in full" if refreshes < best.plan.steps else ""
     ways = (
         ("Uncached", ddim, GREY, {"plan": uncached(args.steps)}),
         ("DeepCache", f"{ddim}, 1 in {args.interval} in full", BLUE, {"plan": cached}),
-        ("Best plan", f"{best.label} solver, {best.steps} steps", RED, best.settings(weights)),
+        ("Best plan", f"{best.label} solver, {best.steps} steps" + some, RED, best.settings(weights)),
     )
     for *_, settings in ways:  # refuse now what would be refused later
         denoise(unet, seeds[:1], **{**settings, "guidance": prompts.guidance, **prompts.context(seeds[:1])})
