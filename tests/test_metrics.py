@@ -6,6 +6,7 @@ import os
 import sys
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from conftest import noise
 
 from minicache import denoise, metrics, uncached
+from minicache.images import save_png
 from minicache.metrics import cosine_similarity, fid, frechet_distance, moments, psnr, read_samples, relative_l2
 from minicache.shards import ImageSet, fill, packed_manifest
 from minicache.tools.fid import main, parse
@@ -101,6 +103,8 @@ def test_a_folder_with_the_name_of_a_set(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "cifar10", lambda split: (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), None))
     with pytest.warns(UserWarning, match=r"cifar10 is a built-in source; the folder of that name is \./cifar10"):
         assert read_samples("cifar10").shape == (2, 32, 32, 3)
+    save_png(tmp_path / "cifar10" / "a.png", np.zeros((8, 8, 3), np.uint8))
+    assert read_samples("./cifar10").shape == read_samples(Path("cifar10")).shape == (1, 8, 8, 3)
 
 
 def test_a_piece_of_large_pictures_is_a_small_one(tmp_path, monkeypatch):
