@@ -76,7 +76,7 @@ class Settings:
     beta_end: float | None = flag(None, f"of the noise; Ho et al.: 0.02 (default: {BETA_END}, or --init's)")
     steps: int = flag(5000, "training steps")
     batch_size: int = flag(32, "images a step")
-    lr: float = flag(1e-3, "peak learning rate; it decays to 0 along a cosine")
+    lr: float = flag(1e-3, f"peak learning rate, after {WARMUP} steps; it decays to 0 along a cosine")
     weight_decay: float = flag(0.0, "of AdamW")
     ema: float = flag(0.999, "decay of the averaged weights")
     jitter: float = flag(0.05, "how much the noise's amplitude varies from image to image")

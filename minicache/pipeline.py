@@ -96,9 +96,9 @@ class Trajectory:
 class CachedUNet(nn.Module):
     """Stands in for a pipeline's UNet2DConditionModel: is called as that one is, and remembers from call to call.
 
-    Each context tensor has its own trajectory: guidance in two calls has two. It is known by its identity, as pipelines
-    make one at each call, and nothing is kept of it when it is gone. A trajectory begins anew where the scheduler has
-    new timesteps, where t rises, and where the latents have another shape.
+    Each context tensor has its own trajectory, of one batch at a time: guidance in two calls has two. It is known by
+    its identity, as pipelines make one at each call, and nothing is kept of it when it is gone. A trajectory begins
+    anew where the scheduler has new timesteps, where t rises, and where the latents have another shape.
     """
 
     def __init__(self, pipe: Any, plan: CachePlan):

@@ -73,6 +73,7 @@ LINES = {  # of error.png: its name, and how the names of its methods begin
     "fitted cache": r"\S+-cached-",
     "DeepCache, the better branch": r"deepcache-",
     "best of three forecasts": r"(linear|l2p|spectrum)-",
+    "the sampler of --like, uncached": r"whole$|(?!uncached-)[a-z\d+]+-[\d.]+$",
 }
 
 
@@ -170,9 +171,9 @@ def draw_errors(path: Path, rows: list[dict[str, Any]], fields: list[str], title
     figure = Figure(figsize=(5.5 * len(fields), 5), layout="constrained")
     axes = figure.subplots(1, len(fields), squeeze=False)[0]
     for axis, field in zip(axes, fields):
-        for (label, names), style in zip(LINES.items(), ("o--", "k*-", "D-", "s:", "^:")):
+        for (label, names), style in zip(LINES.items(), ("o--", "k*-", "D-", "s:", "^:", "x-.")):
             best: list[tuple[float, float]] = []
-            for x, y in sorted((r["full passes"], r[field]) for r in rows if re.match(names, r["method"])):
+            for x, y in sorted((r["full passes"], r[field]) for r in rows if re.match(names, r["method"]) and r[field]):
                 if not best or y < best[-1][1]:
                     best.append((x, y))
             if best:
