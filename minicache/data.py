@@ -141,9 +141,12 @@ def all_files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
     if path.is_file() and zipfile.is_zipfile(path):
         with understood(path, "a zip that can be read"):
             archive = zipfile.ZipFile(path)
-        members = sorted(archive.infolist(), key=lambda member: member.filename)
-        members = [each for each in members if not any(part.startswith(".") for part in Path(each.filename).parts[:-1])]
-        return [(member.filename, partial(unzip, archive, member)) for member in members]
+        members = [
+            (each.filename.replace("\\", "/"), each) for each in archive.infolist()
+        ]  # as old Windows tools write
+        members.sort(key=lambda member: member[0])
+        shown = [each for each in members if not any(part.startswith(".") for part in Path(each[0]).parts[:-1])]
+        return [(name, partial(unzip, archive, member)) for name, member in shown]
     raise ValueError(f"{path} is no folder or zip of images")
 
 

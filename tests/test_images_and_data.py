@@ -199,6 +199,15 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.close(pipe)
 
 
+def test_a_zip_may_write_folders_as_old_windows_tools_do(tmp_path):
+    save_png(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in ("cat\\a.png", "dog\\b.png", "cat/c.png"):
+            archive.writestr(name, (tmp_path / "a.png").read_bytes())
+    _, classes, names = data.labelled(str(tmp_path / "data.zip"), "train")
+    assert names == ["cat", "dog"] and classes.tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_hidden_folders_are_left_out(tmp_path, packed):
     """Jupyter's .ipynb_checkpoints holds old copies, and would be a class."""
