@@ -51,7 +51,7 @@ class Captioned:
         """All words of the captions, in the order of the alphabet; some captions from all over the set as examples."""
         said = [words_in(caption) for caption in self.captions]
         words = sorted({word for words in said for word in words})
-        examples = [self.captions[k * len(said) // EXAMPLES] for k in range(EXAMPLES)]
+        examples = dict.fromkeys(self.captions[k * len(said) // EXAMPLES] for k in range(EXAMPLES))  # each once
         return Vocabulary(tuple(words), max(LENGTH, *map(len, said)), examples=tuple(examples))
 
     def held_out(self) -> list[int]:

@@ -28,6 +28,7 @@ def test_emoji_of_two_vendors(tmp_path):
     assert images[:, 5, 5].tolist() == [[v * (c == k) for c in range(3)] for v in (255, 200) for k in range(3)]
     assert found.vocabulary().words == ("apple", "blue", "cat", "green", "noto", "red", "thing", "twemoji")
     assert found.vocabulary().length == 13
+    assert found.vocabulary().examples == found.captions  # each once, as there are but six
 
 
 def test_categories_are_chosen(tmp_path):

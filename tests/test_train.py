@@ -312,7 +312,7 @@ def test_the_log_has_one_line_a_step(tmp_path):
 
 
 def test_flags_are_the_settings(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "140")
     assert vars(parse([])) == asdict(Settings())
     assert parse(["--channel-mult", "1,2", "--resume"]).channel_mult == (1, 2)
     assert parse([]).categories == CATEGORIES and not parse(["--no-pooled-context"]).pooled_context
@@ -322,7 +322,9 @@ def test_flags_are_the_settings(capsys, monkeypatch):
     assert error.value.code == 2
     with pytest.raises(SystemExit):
         parse(["--help"])
-    assert "peak learning rate; it decays to 0 along a cosine (default: 0.001)" in capsys.readouterr().out
+    assert (
+        "peak learning rate, after 500 steps; it decays to 0 along a cosine (default: 0.001)" in capsys.readouterr().out
+    )
 
 
 def test_preview_draws_both_samplers(tmp_path):
