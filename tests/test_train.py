@@ -367,7 +367,7 @@ def test_the_checkpoint_keeps_the_words(tmp_path, words):
     last = main(out=str(tmp_path / "out"), **{**words, "steps": 1})
     known = load(last).vocabulary
     assert known == captioned(words["data"]).vocabulary()
-    assert len(known.examples) == 16 and {*known.examples} == {*captioned(words["data"]).captions}
+    assert known.examples == captioned(words["data"]).captions
     draw_emoji(tmp_path / "other", ("red apple", "green apple", "blue dog"))
     with pytest.raises(ValueError, match="was trained with other words"):
         main(out=str(tmp_path / "out"), resume=True, **{**words, "data": str(tmp_path / "other")})
