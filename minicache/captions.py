@@ -140,7 +140,7 @@ def from_csv(path: Path) -> Captioned:
     if not found:
         raise ValueError(f"{path} names no pictures")
     (file, said), often = Counter((file, said) for file, _, said in found).most_common(1)[0]
-    if often > 1:  # one of them would be held out, and the other not
+    if often > 1:  # training would see it so often
         raise ValueError(f"{path}: {file.name} has the caption {said!r} {often} times")
     return Captioned(*zip(*found))
 

@@ -12,7 +12,7 @@ import os
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def source(name: str, image_size: int, out: Path | None = None) -> Source:
     Images from files are flipped left to right with probability 1/2. Raises ValueError where there are none, and where
     the folder that is written to, `out`, lies among them.
     """
-    tell_of_folder(name, BUILT_IN)
+    if name in BUILT_IN:
+        tell_of_folder(name)
     if name == "shapes":
         return lambda n, generator: shapes(n, image_size, generator)
     if name == "cifar10":
@@ -66,9 +67,9 @@ def source(name: str, image_size: int, out: Path | None = None) -> Source:
     return draw
 
 
-def tell_of_folder(name: str, built_in: Sequence[str] = ("cifar10",)) -> None:
-    """Warn where a folder has the name of what is built in, which is taken."""
-    if name in built_in and Path(name).is_dir():
+def tell_of_folder(name: str) -> None:
+    """Warn where a folder has this name, too, of what is built in and is taken."""
+    if Path(name).is_dir():
         warnings.warn(f"{name} is a built-in source; the folder of that name is ./{name}", stacklevel=3)
 
 
@@ -109,8 +110,8 @@ def labelled(name: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
 
     name: "cifar10", or a folder or zip with one folder a class. Classes are numbered in the order of their names.
     """
-    tell_of_folder(name)
     if name == "cifar10":
+        tell_of_folder(name)
         return *cifar10(split), list(CIFAR10_CLASSES)
     classes = [Path(file).parent.name for file, _ in image_files(Path(name))]
     names = sorted(set(classes))

@@ -126,7 +126,7 @@ def tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 def from_folders(path: Path, kinds: Mapping[str, type], hub: bool = True) -> Any:
     """A part of a pipeline, from the first of these folders that is in (or beside) `path`; else HUB's."""
-    for folder in (beside(path), path if path.is_dir() else path.parent):
+    for folder in beside(path):
         for name, kind in kinds.items():
             if (folder / name).is_dir():
                 return kind.from_pretrained(folder / name)
@@ -134,7 +134,7 @@ def from_folders(path: Path, kinds: Mapping[str, type], hub: bool = True) -> Any
     if not hub:
         folders = " or ".join(kinds)
         raise ValueError(
-            f"{path} holds no first stage: put its folder {folders}, as in a pipeline, into {beside(path)}"
+            f"{path} holds no first stage: put its folder {folders}, as in a pipeline, into {beside(path)[0]}"
         )
     try:
         return kind.from_pretrained(HUB, subfolder=name)
@@ -142,14 +142,14 @@ def from_folders(path: Path, kinds: Mapping[str, type], hub: bool = True) -> Any
         raise ConnectionError(by_hand(path, name)) from None
 
 
-def beside(path: Path) -> Path:
-    """The folder for parts: of a pipeline's, of a file, or that of which `path` is the folder unet."""
+def beside(path: Path) -> list[Path]:
+    """Where the parts may lie: in the folder itself or that of a file; but first in the one of which it is the unet."""
     folder = path if path.is_dir() else path.parent
-    return folder.resolve().parent if folder.resolve().name == "unet" else folder
+    return [folder.resolve().parent, folder] if folder.resolve().name == "unet" else [folder]
 
 
 def by_hand(path: Path, name: str) -> str:
-    return f"cannot get {name} from the hub: get the folder {name} of {HUB}, and put it at {beside(path) / name}"
+    return f"cannot get {name} from the hub: get the folder {name} of {HUB}, and put it at {beside(path)[0] / name}"
 
 
 def first_stage_in(path: Path, state: Mapping[str, Tensor]) -> nn.Module:

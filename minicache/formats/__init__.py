@@ -6,7 +6,6 @@ one more in FAMILIES, where the first whose `mine` says yes is taken. Other layo
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -60,9 +59,6 @@ def read(
         refuse_idle(path, image_size=image_size, groups=groups)
     else:
         config = family.infer(path, theirs, image_size, groups)
-        if family is DIFFUSERS and config and not config.context_dim and config not in PRESETS.values():
-            told = f"{path}: without its config.json, heads, padding and embedding of t are taken as DDPM's"
-            warnings.warn(told, stacklevel=4)
     diffusion = agreed(path, own_diffusion, diffusion) or published_diffusion(config)
     refuse_to_guess(path, config, diffusion)
     with torch.device("meta"):

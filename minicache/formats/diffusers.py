@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minicache.checkpoints import diffusion_of
+from torch import Tensor
+
+from minicache.checkpoints import PRESETS, diffusion_of
 from minicache.diffusion import Diffusion
 from minicache.files import replacing
 from minicache.formats.diffusers_config import (
@@ -108,10 +111,19 @@ def tensors(content: Mapping[str, Any], raw: bool) -> Mapping[str, Any]:
     return {new_attention(key): value for key, value in content.items()}
 
 
+def infer(path: Path, state: Mapping[str, Tensor], image_size: int | None, groups: int | None) -> UNetConfig | None:
+    """`Dialect.infer`; of a network that is not published, a warning says what is assumed: files may be otherwise."""
+    config = NAMES.infer(path, state, image_size, groups)
+    if config and not config.context_dim and config not in PRESETS.values():
+        told = f"{path}: without its config.json, heads, padding and embedding of t are taken as DDPM's"
+        warnings.warn(told, stacklevel=5)
+    return config
+
+
 DIFFUSERS = Family(
     mine=lambda content: any(str(key).startswith("down_blocks.") for key in content),
     keys=NAMES.keys,
-    infer=NAMES.infer,
+    infer=infer,
     tensors=tensors,
     told=told,
 )

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def groups(words: Captioned, num: int) -> dict[str, list[int]]:
     return {name: indices for name, indices in found.items() if indices}
 
 
-def judged(told: list[str], shown: list[set[str]], cosines: Tensor) -> dict[str, Any]:
+def judged(told: list[str], shown: Sequence[set[str]], cosines: Tensor) -> dict[str, Any]:
     """A row of the table. told: the names of the samples' captions; shown: those of each picture, which may have
     several; cosines: [n, N], of the samples to the pictures."""
     ranked = cosines.topk(min(FIRST, len(shown)), dim=1).indices.tolist()
@@ -108,11 +109,10 @@ def main(args: argparse.Namespace) -> None:
     pictures = words.images(size)
     prepare_out(args.out, ())
     unet = place(unet, choose_placement(args.device, "float32", compile=False))
-    shown: dict[bytes, set[str]] = {}
-    alike = [picture.tobytes() for picture in pictures.numpy()]  # one that has several captions, or files, is one
-    for picture, name in zip(alike, words.names):
-        shown.setdefault(picture, set()).add(name)
-    once = [*{picture: i for i, picture in enumerate(alike)}.values()]
+    alike: dict[bytes, list[int]] = {}  # a picture that has several captions, or files, is one
+    for i, picture in enumerate(pictures.numpy()):
+        alike.setdefault(picture.tobytes(), []).append(i)
+    once, shown = zip(*((same[0], {words.names[i] for i in same}) for same in alike.values()))
     known, training = features(to_tensor(pictures)), words.training()
     rows, sheet, labels = [], [], []
     for name, indices in groups(words, args.num).items():
@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
         drawn = sample(unet, seeds, context=ids[indices], batch_size=args.batch_size, progress=True, **settings).cpu()
         cosines = features(drawn) @ known.T
         told = [words.names[i] for i in indices]
-        rows.append({"captions": name, **judged(told, [*shown.values()], cosines[:, once])})
+        rows.append({"captions": name, **judged(told, shown, cosines[:, once])})
         nearest = pictures[training][cosines[:SHOWN, training].argmax(dim=1)].numpy()
         sheet.append(np.concatenate([to_uint8(drawn[:SHOWN]), nearest], axis=2))
         labels += [f"{words.captions[i]} ({name})" for i in indices[:SHOWN]]

@@ -27,6 +27,7 @@ from minicache.plan import CachePlan, uncached, uniform
 from minicache.recipe import Recipe, recipe_from_file, shipped_recipe
 from minicache.sampling import STEPS, denoise
 from minicache.tools import Parser, at_least, prepare_out, refuse_unworded, tell_of_rest
+from minicache.tools.methods import draws_noise
 from minicache.unet import UNet
 from minicache.words import prompts_for
 
@@ -133,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
     cached = uniform(args.steps, args.interval, args.branch)
     if args.plan:
         best = recipe_from_file(args.plan, guidance=prompts.guidance)
-        if best.eta or best.entry.noise == "variance":
+        if draws_noise(best):
             raise ValueError(f"--plan {args.plan} draws noise at each step, and so other pictures than DDIM")
     else:
         best = best_plan(unet, weights, prompts.guidance, cached)
